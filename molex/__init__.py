@@ -1,0 +1,52 @@
+"""molex: mixtures of LoRA experts, on any dense language model.
+
+import molex
+mixture = molex.convert(model, molex.preset("mixlora", num_experts=8, top_k=2, rank=16))
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from molex.errors import MolexError
+
+if TYPE_CHECKING:
+    from molex.allocation import allocate, usage_budget
+    from molex.config import MixtureConfig
+    from molex.mixture import Mixture
+    from molex.presets import preset, presets
+    from molex.routing import RouteContext, Routing
+    from molex.surgery import convert
+
+__version__ = "0.1.0"
+
+# where each public name lives: loaded when first used, so that `import molex` stays light
+_HOMES = {
+    "allocate": "molex.allocation",
+    "usage_budget": "molex.allocation",
+    "MixtureConfig": "molex.config",
+    "Mixture": "molex.mixture",
+    "preset": "molex.presets",
+    "presets": "molex.presets",
+    "RouteContext": "molex.routing",
+    "Routing": "molex.routing",
+    "convert": "molex.surgery",
+}
+
+__all__ = [
+    "Mixture",
+    "MixtureConfig",
+    "MolexError",
+    "RouteContext",
+    "Routing",
+    "allocate",
+    "convert",
+    "preset",
+    "presets",
+    "usage_budget",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'molex' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

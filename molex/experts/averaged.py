@@ -1,0 +1,77 @@
+"""Poly and MHR experts: A and B are averaged apart, then multiplied (Poly arXiv 2202.13914, MHR arXiv 2211.03831).
+
+    y = base(x) + s · B̄ Ā x,    Ā = Σ_j w_j A_j,   B̄ = Σ_j w_j B_j        w: the token's weights over the E skills
+
+The product has cross terms B_i A_j, so it is not a gate on columns; but the averages need not be formed per token:
+Ā x = Σ_j w_j (A_j x) and B̄ z = Σ_i w_i (B_i z), two products and two rank-wide mixes. MHR splits D and O into heads,
+each with weights of its own: head h of A reads its slice of x, head h of B writes its slice of y.
+The routing has heads · E entries per token, head-major.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from molex.errors import ConfigError
+from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, Route, expert_kinds
+from molex.kernels import Form, Planner
+
+
+@expert_kinds.register("averaged")
+@dataclass(frozen=True, kw_only=True)
+class AveragedConfig(ExpertsConfig):
+    """num_heads: 1 is Poly; more is MHR, and must divide the layer's in- and out-features."""
+
+    num_heads: int = 1
+
+    def build(self, shape: LayerShape) -> ExpertBank:
+        return AveragedBank(shape, self.num_heads)
+
+
+class AveragedBank(ExpertBank):
+    """lora_A (H, E, R, D/H), lora_B (H, E, O/H, R); one scale for all."""
+
+    def __init__(self, shape: LayerShape, num_heads: int):
+        super().__init__(shape)
+        if shape.in_features % num_heads or shape.out_features % num_heads:
+            raise ConfigError(
+                f"{shape.name} is {shape.in_features} -> {shape.out_features}: num_heads={num_heads} must divide both"
+            )
+        if len(set(zip(shape.ranks, shape.scales, strict=True))) > 1:
+            raise ConfigError("averaged experts need one rank and one scale")
+        self.num_heads, rank = num_heads, shape.ranks[0]
+        like = {"device": shape.device, "dtype": shape.dtype}
+        stack = (num_heads, len(shape.ranks))
+        self.lora_A = nn.Parameter(torch.empty(*stack, rank, shape.in_features // num_heads, **like))
+        self.lora_B = nn.Parameter(torch.zeros(*stack, shape.out_features // num_heads, rank, **like))
+        bound = 1 / math.sqrt(shape.in_features)
+        nn.init.uniform_(self.lora_A, -bound, bound)
+
+    def forward(self, x: Tensor, base: nn.Module, route: Route, planner: Planner, form: Form = "linear") -> Tensor:
+        if form != "linear":
+            raise ConfigError("averaged experts run on linears; scope='ffn' needs experts 'lora' or 'dora'")
+        routing = route(None)
+        y = base(x)
+        x_THD = self.dropout(x).reshape(-1, self.num_heads, x.shape[-1] // self.num_heads)
+        w_THE = routing.gates().view(-1, self.num_heads, self.num_experts)
+        hidden_THER = torch.einsum("thd,herd->ther", x_THD, self.lora_A.to(x.dtype))
+        mixed_TR = torch.einsum("ther,the->tr", hidden_THER.to(w_THE.dtype), w_THE)
+        weighted_THER = torch.einsum("tr,the->ther", mixed_TR, w_THE).to(x.dtype)
+        delta_THO = torch.einsum("ther,heor->tho", weighted_THER, self.lora_B.to(x.dtype))
+        return y + self.scale[0].to(y.dtype) * delta_THO.reshape(y.shape).to(y.dtype)
+
+    def materialize(self, expert_id: int) -> Tensor:
+        A_RD = self.lora_A[:, expert_id].movedim(0, 1).flatten(1)
+        B_OR = self.lora_B[:, expert_id].flatten(0, 1)
+        return self.scale[0].to(B_OR.dtype) * (B_OR @ A_RD)
+
+    @torch.no_grad()
+    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+        self._check_expert(expert_id, A, B)
+        if not math.isclose(scale, float(self.scale[0]), rel_tol=1e-6):
+            raise ConfigError(f"averaged experts share the scale {float(self.scale[0])}, got {scale}: fold it into B")
+        self.lora_A[:, expert_id].copy_(A.unflatten(1, (self.num_heads, -1)).movedim(1, 0))
+        self.lora_B[:, expert_id].copy_(B.unflatten(0, (self.num_heads, -1)))
+        self.names[expert_id] = name

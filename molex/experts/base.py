@@ -1,0 +1,87 @@
+"""What a bank of experts is: the experts of one layer, stacked, and how the layer's output comes from them.
+
+A bank runs in one of three forms (`molex.kernels.base`): `linear` everywhere, `widen` and `narrow` at the two ends of
+a feed-forward block whose experts share one routing. It asks for its routing through a callback, because some
+routers decide on the bank's own activations A x, and because ZeRO-3 gathers a module's parameters only
+while that module's forward runs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from molex.errors import ConfigError
+from molex.kernels import Form, Planner
+from molex.registry import Registry
+from molex.routing import Routing
+
+Route = Callable[[Tensor | None], Routing]  # the bank's activations (T, C) or None -> the layer's routing
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What an expert kind is built from: one linear, how many experts it gets, and their ranks."""
+
+    name: str
+    base: nn.Module
+    in_features: int
+    out_features: int
+    ranks: tuple[int, ...]  # of each expert
+    scales: tuple[float, ...]  # of each expert: alpha / rank, or what the method says
+    dropout: float
+    device: torch.device
+    dtype: torch.dtype
+
+
+class ExpertBank(nn.Module, ABC):
+    """Subclasses say what their parameters are and how they compute; `scale` (E,) is each expert's own."""
+
+    scale: Tensor
+
+    def __init__(self, shape: LayerShape):
+        super().__init__()
+        self.ranks = shape.ranks
+        self.names = [str(i) for i in range(len(shape.ranks))]
+        self.in_features, self.out_features = shape.in_features, shape.out_features
+        self.dropout = nn.Dropout(shape.dropout)
+        self.register_buffer("scale", torch.tensor(shape.scales, device=shape.device, dtype=torch.float32))
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.ranks)
+
+    @abstractmethod
+    def forward(self, x: Tensor, base: nn.Module, route: Route, planner: Planner, form: Form = "linear") -> Tensor:
+        """The layer's output: x (..., D) -> (..., O); one more leading axis of streams where form says so."""
+
+    @abstractmethod
+    def materialize(self, expert_id: int) -> Tensor:
+        """What one expert adds to the base weight at weight 1: (O, D), float32 or wider."""
+
+    @abstractmethod
+    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+        """Copies a pretrained A (R, D), B (O, R) into place. Raises ConfigError on a wrong id or shape."""
+
+    def _check_expert(self, expert_id: int, A: Tensor, B: Tensor) -> None:
+        if not 0 <= expert_id < self.num_experts:
+            raise ConfigError(f"expert {expert_id} of a bank of {self.num_experts}; ids start at 0")
+        rank = self.ranks[expert_id]
+        wanted = (rank, self.in_features), (self.out_features, rank)
+        if (tuple(A.shape), tuple(B.shape)) != wanted:
+            raise ConfigError(
+                f"expert {expert_id} takes A {wanted[0]} and B {wanted[1]}, got {tuple(A.shape)} and {tuple(B.shape)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsConfig(ABC):
+    """Base of the expert kinds' configurations; each builds its bank."""
+
+    @abstractmethod
+    def build(self, shape: LayerShape) -> ExpertBank: ...
+
+
+expert_kinds: Registry[type[ExpertsConfig]] = Registry("experts")

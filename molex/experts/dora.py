@@ -1,0 +1,98 @@
+"""DoRA experts (arXiv 2402.09353), MixLoRA's MixDoRA option: a trained length for every row of every expert.
+
+    expert e:  f_e ⊙ (W x + s B_e A_e x),   f_e = m_e / ‖W + s B_e A_e‖_row  (the norm is a constant for autograd)
+
+m_e starts at ‖W‖_row, so f_e = 1 and the model starts as the base. The norm never forms W + sBA:
+‖W + sBA‖² = ‖W‖² + 2s Σ_r B ⊙ (W Aᵀ) + s² Σ_r (B (A Aᵀ)) ⊙ B, row by row. f differs per expert, so the base cannot
+be shared by the streams of a feed-forward block: `narrow` runs it once per stream.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from molex.errors import StateError, TargetError
+from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, Route, expert_kinds
+from molex.experts.lora import LoRABank, everyone
+from molex.kernels import Columns, Form, Planner
+from molex.kernels.base import mix_streams
+
+
+@expert_kinds.register("dora")
+@dataclass(frozen=True, kw_only=True)
+class DoRAConfig(ExpertsConfig):
+    """LoRA experts with a magnitude each. The base's weight must be a float matrix."""
+
+    def build(self, shape: LayerShape) -> ExpertBank:
+        return DoRABank(shape)
+
+
+class DoRABank(LoRABank):
+    """lora_A (C, D), lora_B (O, C), magnitude (E, O)."""
+
+    def __init__(self, shape: LayerShape):
+        super().__init__(shape)
+        weight = getattr(shape.base, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise TargetError(f"{shape.name}: DoRA experts need a float base weight; use experts='lora' here")
+        self.transposed = weight.shape[0] != shape.out_features or type(shape.base).__name__ == "Conv1D"
+        norms_EO = self.norms(weight.detach())
+        self.magnitude = nn.Parameter(norms_EO.to(shape.dtype))
+
+    @torch.no_grad()
+    def norms(self, weight: Tensor) -> Tensor:
+        """‖W + s_e B_e A_e‖ of every row: (E, O)."""
+        W_OD = (weight.T if self.transposed else weight).to(self.lora_A.dtype)
+        squared_O = W_OD.square().sum(1)
+        rows = []
+        for expert_id in range(self.num_experts):
+            A_RD, B_OR = self.columns().expert(expert_id)
+            s = self.scale[expert_id].to(W_OD.dtype)
+            cross_O = (B_OR * (W_OD @ A_RD.T)).sum(1)
+            rows.append((squared_O + 2 * s * cross_O + s**2 * ((B_OR @ (A_RD @ A_RD.T)) * B_OR).sum(1)).sqrt())
+        return torch.stack(rows)
+
+    def forward(self, x: Tensor, base: nn.Module, route: Route, planner: Planner, form: Form = "linear") -> Tensor:
+        columns, factor_EO = self._stretched(base)
+        columns = columns.to(x.dtype)
+        dropped = self.dropout(x)
+        routing = route(None)
+        backend = planner.pick(x, columns, routing)
+        y = base(x)
+        plain = y if getattr(base, "bias", None) is None else y - base.bias
+        excess_EO = (factor_EO - 1).to(y.dtype)
+        if form == "linear":
+            stretch = (routing.gates().to(y.dtype) @ excess_EO).view(y.shape)
+            return y + plain * stretch + _fit(backend.delta(flat(dropped), columns, routing.scaled(self.scale)), y)
+        stretch_KTO = excess_EO[routing.expert_ids.T.clamp(min=0)] * (routing.expert_ids.T >= 0)[..., None]
+        if form == "widen":
+            deltas = backend.widen_delta(flat(dropped), columns, everyone(routing).scaled(self.scale))
+            stretched = y + plain * stretch_KTO.view(-1, *y.shape) + deltas.view(-1, *y.shape).to(y.dtype)
+            return torch.cat([y[None], stretched])
+        stretched = torch.cat([y[:1], y[1:] + plain[1:] * stretch_KTO.view(y[1:].shape)])
+        rows_KTD = dropped[1:].reshape(stretch_KTO.shape[0], -1, x.shape[-1])
+        delta_TO = backend.narrow_delta(rows_KTD, columns, routing.scaled(self.scale))
+        return mix_streams(stretched, routing.weights) + _fit(delta_TO, y[0])
+
+    def _stretched(self, base: nn.Module) -> tuple[Columns, Tensor]:
+        """The columns with each expert's row factors folded into B, and the factors (E, O)."""
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        if weight.numel() == 0:
+            raise StateError("DoRA experts read the base weight, which is sharded away here; use ZeRO-2 or FSDP")
+        factor_EO = self.magnitude / self.norms(weight)
+        columns = self.columns()
+        return columns._replace(B=columns.B * factor_EO[columns.expert_of_column].T), factor_EO
+
+    def materialize(self, expert_id: int) -> Tensor:
+        raise TargetError("a DoRA expert rescales the base's rows: it is not a term added to the base weight")
+
+
+def flat(x: Tensor) -> Tensor:
+    """(..., D) -> (T, D)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _fit(delta: Tensor, y: Tensor) -> Tensor:
+    return delta.view(y.shape).to(y.dtype)

@@ -1,0 +1,117 @@
+"""LoRA experts: expert e adds  s_e · B_e A_e x,  s_e = alpha / rank  (LoRA, arXiv 2106.09685).
+
+Stored stacked as columns: `lora_A` (C, D) and `lora_B` (O, C), expert e owning ranks[e] neighbouring columns, so that
+all experts are two matrix products, and ZeRO-3, FSDP and torch.compile see two parameters. The (E, R, ·) forms
+are views where ranks agree; nothing is padded here.
+
+`freeze()` moves what is there to a second, frozen stack: masking gradients inside one Parameter would not
+freeze it, since AdamW decays and its moments move masked entries too.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, Route, expert_kinds
+from molex.kernels import Columns, Form, Planner, columns_of
+from molex.routing import Routing
+
+
+@expert_kinds.register("lora")
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(ExpertsConfig):
+    """init: A is U(±1/√D) ("kaiming", a = √5) or N(0, 1/r²) ("gaussian"); B is zero."""
+
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+
+    def build(self, shape: LayerShape) -> ExpertBank:
+        return LoRABank(shape, self.init)
+
+
+class LoRABank(ExpertBank):
+    """E low-rank experts as columns."""
+
+    expert_of_column: Tensor
+    row_of_column: Tensor | None
+    activation_routed = False  # the layer sets it where its router decides on A x
+
+    def __init__(self, shape: LayerShape, init: str = "kaiming"):
+        super().__init__(shape)
+        self.init = init
+        like = {"device": shape.device, "dtype": shape.dtype}
+        self.lora_A = nn.Parameter(torch.empty(self._rows(), shape.in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(shape.out_features, sum(shape.ranks), **like))
+        self.register_parameter("frozen_A", None)
+        self.register_parameter("frozen_B", None)
+        self.register_buffer("expert_of_column", columns_of(shape.ranks).to(shape.device))
+        self.register_buffer("row_of_column", None)
+        self.reset_A()
+
+    def _rows(self) -> int:
+        return sum(self.ranks)
+
+    def reset_A(self) -> None:
+        """Draws the trainable A anew."""
+        if self.init == "kaiming":
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.lora_A, std=1 / max(self.ranks))
+
+    def columns(self) -> Columns:
+        """The experts as a kernel sees them."""
+        A, B = self.lora_A, self.lora_B
+        if self.frozen_A is not None and self.frozen_B is not None:
+            A, B = torch.cat([self.frozen_A, A]), torch.cat([self.frozen_B, B], dim=1)
+        return Columns(A, B, self.ranks, self.expert_of_column, self.row_of_column)
+
+    def forward(self, x: Tensor, base: nn.Module, route: Route, planner: Planner, form: Form = "linear") -> Tensor:
+        columns = self.columns().to(x.dtype)
+        dropped = self.dropout(x) if self.training and self.dropout.p > 0 else None
+        source = x if dropped is None else dropped
+        hidden_TC = columns.shrink(source.reshape(-1, x.shape[-1])) if self.activation_routed else None
+        routing = route(hidden_TC)
+        if form == "linear":
+            weighted = routing.scaled(self.scale)
+            backend = planner.pick(x, columns, weighted)
+            return backend.linear(x, base, columns, weighted, dropped=dropped, hidden=hidden_TC)
+        backend = planner.pick(x, columns, routing)
+        if form == "widen":
+            return backend.widen(x, base, columns, everyone(routing).scaled(self.scale), dropped=dropped)
+        return backend.narrow(x, base, columns, routing.scaled(self.scale), routing.weights, dropped=dropped)
+
+    def materialize(self, expert_id: int) -> Tensor:
+        A_RD, B_OR = self.columns().expert(expert_id)
+        return self.scale[expert_id].to(B_OR.dtype) * (B_OR @ A_RD)
+
+    @torch.no_grad()
+    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+        self._check_expert(expert_id, A, B)
+        A_RD, B_OR = self.columns().expert(expert_id)
+        A_RD.copy_(A)
+        B_OR.copy_(B)
+        self.scale[expert_id] = scale
+        self.names[expert_id] = name
+
+    @torch.no_grad()
+    def freeze(self, num_new: int, rank: int, scale: float) -> None:
+        """Freezes every expert there is and adds num_new trainable ones of the given rank and scale."""
+        if self.row_of_column is not None:
+            raise TypeError("experts that share A rows cannot be frozen one by one")
+        old = self.columns()
+        self.frozen_A = nn.Parameter(old.A.detach().clone(), requires_grad=False)
+        self.frozen_B = nn.Parameter(old.B.detach().clone(), requires_grad=False)
+        self.lora_A = nn.Parameter(old.A.new_empty(num_new * rank, self.in_features))
+        self.lora_B = nn.Parameter(old.B.new_zeros(self.out_features, num_new * rank))
+        self.names += [str(self.num_experts + i) for i in range(num_new)]
+        self.ranks += (rank,) * num_new
+        self.scale = torch.cat([self.scale, self.scale.new_full((num_new,), scale)])
+        self.expert_of_column = columns_of(self.ranks).to(old.A.device)
+        self.reset_A()
+
+
+def everyone(routing: Routing) -> Routing:
+    """The same choice of experts at weight 1."""
+    return routing._replace(weights=(routing.expert_ids >= 0).to(routing.weights.dtype))

@@ -1,0 +1,54 @@
+"""All experts for all tokens, masked at the rank: two products, no sort, no gather, no host sync.
+
+    h = A x (T, C)      y = (h * gates) Bᵀ
+
+The zeros cost only multiplications on a C-wide dimension; while C is below about 500 that is cheaper than
+moving tokens around, on CPU and GPU alike. Gate gradients of unchosen experts come for free.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molex.kernels.base import Backend, backends
+from molex.kernels.columns import Columns
+from molex.routing import Routing
+
+
+@backends.register("dense")
+class Dense(Backend):
+    """Two matrix products and a mask; never refuses."""
+
+    def pairs(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, columns: Columns) -> Tensor:
+        one_slot = Routing(expert_ids[:, None], weights[:, None], None, len(columns.ranks))
+        return self.delta(rows, columns, one_slot)
+
+    def delta(self, x: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None = None) -> Tensor:
+        hidden_TC = columns.shrink(x) if hidden is None else hidden
+        return expand(gate(hidden_TC, routing.gates(), columns), columns)
+
+    def widen_delta(self, x: Tensor, columns: Columns, routing: Routing) -> Tensor:
+        return expand(gate(columns.shrink(x), slot_gates(routing), columns), columns)
+
+    def narrow_delta(self, streams: Tensor, columns: Columns, routing: Routing) -> Tensor:
+        gated_KTC = gate(columns.shrink(streams), slot_gates(routing), columns)
+        return expand(gated_KTC.sum(0), columns)
+
+
+def gate(hidden: Tensor, gates: Tensor, columns: Columns) -> Tensor:
+    """Multiplies every column by its expert's gate: (..., T, C), (..., T, E) -> (..., T, C)."""
+    rank = columns.uniform_rank()
+    if rank is None:
+        return hidden * gates[..., columns.expert_of_column]
+    return (hidden.unflatten(-1, (-1, rank)) * gates[..., None]).flatten(-2)
+
+
+def expand(gated: Tensor, columns: Columns) -> Tensor:
+    """(..., C) -> (..., O), in the dtype of the factors: gates are float32 and would widen the product."""
+    return F.linear(gated.to(columns.B.dtype), columns.B)
+
+
+def slot_gates(routing: Routing) -> Tensor:
+    """The gates of each slot apart: (K, T, E), one non-zero entry a row."""
+    one_hot_KTE = routing.expert_ids.T[..., None] == torch.arange(routing.num_experts, device=routing.expert_ids.device)
+    return one_hot_KTE * routing.weights.T[..., None]

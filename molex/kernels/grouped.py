@@ -1,0 +1,59 @@
+"""Sort (token, expert) pairs by expert once, then one grouped product each way: pays when C is large and K small.
+
+    sort rows -> grouped_mm with A (E, D, R) -> weigh the R-wide hidden -> grouped_mm with B (E, R, O) -> unsort
+
+`F.grouped_mm` wants 16-byte strides (ranks are padded to a multiple of 8), no float64, contiguous gradients, and
+leaves rows past the last group unwritten, in the result and in the gradient: those rows (nobody's) are masked
+with `where` on the way in and out, since 0 * NaN is NaN.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molex.kernels.base import Backend, backends
+from molex.kernels.columns import Columns
+from molex.routing import Routing
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@backends.register("grouped")
+class Grouped(Backend):
+    """Sorted pairs through `torch.nn.functional.grouped_mm`."""
+
+    def supports(self, x: Tensor, columns: Columns, routing: Routing) -> str | None:
+        num_out, num_in = columns.B.shape[0], x.shape[-1]
+        per_row = 16 // x.element_size()
+        if x.dtype not in DTYPES:
+            return f"grouped_mm takes float32, bfloat16 and float16, not {x.dtype}"
+        if num_in % per_row or num_out % per_row:
+            return f"rows of {num_in} and {num_out} {x.dtype} are not a multiple of 16 bytes"
+        if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+            return "under torch.compile grouped_mm takes bfloat16 only"
+        return None
+
+    def pairs(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, columns: Columns) -> Tensor:
+        num_experts = len(columns.ranks)
+        A_ERD, B_EOR = _padded(columns)
+        keys_N = expert_ids.where(expert_ids >= 0, num_experts)
+        order_N = keys_N.argsort(stable=True)
+        experts_E = torch.arange(num_experts, device=rows.device)
+        ends_E = torch.searchsorted(keys_N[order_N], experts_E, right=True).to(torch.int32)
+        somebody_N = (keys_N[order_N] < num_experts)[:, None]
+        sorted_ND = rows[order_N].where(somebody_N, 0)
+        hidden_NR = F.grouped_mm(sorted_ND, A_ERD.transpose(1, 2), offs=ends_E).where(somebody_N, 0)
+        gated_NR = (hidden_NR * weights[order_N, None]).to(rows.dtype)
+        y_NO = F.grouped_mm(gated_NR, B_EOR.transpose(1, 2), offs=ends_E).where(somebody_N, 0)
+        return torch.zeros_like(y_NO).index_copy(0, order_N, y_NO)
+
+
+def _padded(columns: Columns) -> tuple[Tensor, Tensor]:
+    """The experts as (E, R, D) and (E, O, R), zero-padded to one rank that is a multiple of 8."""
+    rank = -(-max(columns.ranks) // 8) * 8
+    A_CD = columns.A if columns.row_of_column is None else columns.A[columns.row_of_column]
+    if columns.uniform_rank() == rank:
+        return A_CD.unflatten(0, (-1, rank)), columns.B.unflatten(1, (-1, rank)).movedim(1, 0).contiguous()
+    blocks = list(zip(A_CD.split(columns.ranks), columns.B.split(columns.ranks, dim=1), strict=True))
+    A_ERD = torch.stack([F.pad(A_RD, (0, 0, 0, rank - A_RD.shape[0])) for A_RD, _ in blocks])
+    return A_ERD, torch.stack([F.pad(B_OR, (0, rank - B_OR.shape[1])) for _, B_OR in blocks])

@@ -1,0 +1,99 @@
+"""MixtureLinear: an untouched linear, its bank of experts, its router. Route, record, compute.
+
+    y = base(x) + B ( G(x) * (A x) )
+
+The base stays the very object it was, so quantised, offloaded and hooked linears work as before, and `revert` puts it
+back. Some models read `weight`, `bias` or the feature counts of their linears; those are forwarded.
+"""
+
+import dataclasses
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from molex.experts import ExpertBank
+from molex.kernels import Form
+from molex.routers import Router
+from molex.routing import RouteContext, Routing
+from molex.state import MixtureState
+
+
+class MixtureLinear(nn.Module):
+    """What surgery puts in the place of a linear. `router` is None where another object decides for this layer."""
+
+    form: Form = "linear"
+
+    def __init__(
+        self, name: str, stack: str, base: nn.Module, experts: ExpertBank, router: Router | None, state: MixtureState
+    ):
+        super().__init__()
+        self.name, self.stack, self.state = name, stack, state
+        self.base, self.experts, self.router = base, experts, router
+        self.train(base.training)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.base, "bias", None)
+
+    @property
+    def in_features(self) -> int:
+        return self.experts.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.experts.out_features
+
+    @property
+    def nf(self) -> int:
+        """What transformers' Conv1D calls its out-features."""
+        return self.experts.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.state.unseen:
+            self.state.unseen.discard(self.name)
+        if not self.state.enabled:
+            return self.base(x)
+        return self.experts(x, self.base, partial(self.route, x), self.state.planner, self.form)
+
+    def route(self, x: Tensor, activations: Tensor | None) -> Routing:
+        """Decides for x (..., D) and records the decision. activations (T, C): A x, for routers that read it."""
+        context = self.state.context(self.name, self.stack, x, self.training)
+        routing = self.state.requested(context, self.experts.num_experts, x)
+        if routing is None:
+            routing = self.decide(x, dataclasses.replace(context, activations=activations))
+        self.state.record(routing, context)
+        return routing
+
+    def decide(self, x: Tensor, context: RouteContext) -> Routing:
+        if self.router is None:
+            return self.state.assigned[self.name]
+        return self.router(x.reshape(-1, x.shape[-1]), context)
+
+    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+        """Puts a pretrained LoRA A (R, D), B (O, R) in an expert's place. Raises ConfigError on a wrong id or shape."""
+        self.experts.load_expert(expert_id, name, A, B, scale)
+        learn = getattr(self.router, "learn_expert", None)
+        if learn is not None:
+            learn(expert_id, A, B)
+
+    def zero_factors(self, expert_id: int) -> tuple[Tensor, Tensor]:
+        """The factors of an expert that adds nothing here."""
+        rank = self.experts.ranks[expert_id]
+        return torch.zeros(rank, self.in_features), torch.zeros(self.out_features, rank)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.experts.num_experts} experts"
+
+
+def features(base: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of anything that acts as a linear; None for other modules."""
+    if isinstance(getattr(base, "in_features", None), int) and isinstance(getattr(base, "out_features", None), int):
+        return base.in_features, base.out_features  # type: ignore[return-value]
+    if type(base).__name__ == "Conv1D" and isinstance(base.weight, torch.Tensor):
+        return base.weight.shape[0], base.weight.shape[1]
+    return None

@@ -1,0 +1,267 @@
+"""Auxiliary losses: pure functions of what was routed, with padding masked out.
+
+A loss sees every layer's (Routing, RouteContext) of one forward and returns a scalar. Token means run over all ranks
+of one micro-batch (a differentiable all-reduce), so data parallelism does not change them; gradient accumulation
+does slightly, since each micro-batch has its own means.
+"""
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_functional
+import torch.nn.functional as F
+from torch import Tensor
+
+from molex.errors import ConfigError, StateError
+from molex.registry import Registry
+from molex.routing import RouteContext, Routing
+
+
+class Decision(NamedTuple):
+    """One layer's routing and what it was made from."""
+
+    routing: Routing
+    context: RouteContext
+
+    def mask(self) -> Tensor:
+        """(T,) float, 1 for real tokens."""
+        mask_T = self.context.token_mask
+        weights_TK = self.routing.weights
+        return weights_TK.new_ones(weights_TK.shape[0]) if mask_T is None else mask_T.to(weights_TK.dtype)
+
+    def scored(self) -> Tensor:
+        """The logits (T, E). Raises StateError where the router scored nothing."""
+        if self.routing.logits is None:
+            raise StateError(f"{self.context.layer}: this loss reads router logits, and this router has none")
+        return self.routing.logits
+
+
+Trace = Mapping[str, Decision]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(ABC):
+    """A configured loss; call it with the trace of a forward."""
+
+    @abstractmethod
+    def __call__(self, trace: Trace) -> Tensor: ...
+
+
+losses: Registry[type[Loss]] = Registry("loss")
+
+
+@losses.register("load_balance")
+@dataclass(frozen=True, kw_only=True)
+class LoadBalance(Loss):
+    """E Σ_e f_e P_e: f the share of tokens that chose e, P the mean softmax probability of e.
+
+    over "model": tokens of all layers are one population (MixLoRA; k at uniform routing). over "block": one loss for
+    each transformer block over its linears, summed (MoLA; 1 per block at uniform). counts "slots": f sums to k.
+    "shares": f sums to 1. "weights": f is the mean routed weight, with gradient (DynMoLE). Layers with unlike E form
+    groups of their own, weighted by their number.
+    """
+
+    balance_coefficient: float = 1e-3
+    balance_over: Literal["model", "block"] = "model"
+    balance_counts: Literal["slots", "shares", "weights"] = "slots"
+
+    def __call__(self, trace: Trace) -> Tensor:
+        if self.balance_over == "block":
+            terms = [self._one(group) for group in _by_block(trace)]
+        else:
+            groups = _by_num_experts(trace)
+            total = sum(len(group) for group in groups)
+            terms = [self._one(group) * (len(group) / total) for group in groups]
+        return self.balance_coefficient * torch.stack(terms).sum()
+
+    def _one(self, group: list[Decision]) -> Tensor:
+        num_experts = group[0].routing.num_experts
+        frequency_E = masked_mean([(self._frequency(d), d.mask()) for d in group])
+        if self.balance_counts == "shares":
+            frequency_E = frequency_E / frequency_E.sum().clamp(min=1e-12)
+        probability_E = masked_mean([(d.scored().softmax(-1), d.mask()) for d in group])
+        return num_experts * (frequency_E * probability_E).sum()
+
+    def _frequency(self, decision: Decision) -> Tensor:
+        routing = decision.routing
+        if self.balance_counts == "weights":
+            return routing.gates()
+        chosen_TK = (routing.expert_ids >= 0).to(routing.weights.dtype)
+        return routing._replace(weights=chosen_TK).gates()
+
+
+@losses.register("entropy")
+@dataclass(frozen=True, kw_only=True)
+class Entropy(Loss):
+    """DynMoLE's certainty term: the mean normalised Tsallis entropy of softmax(logits), over tokens and layers.
+    entropy_loss_index is its q."""
+
+    entropy_coefficient: float = 1e-2
+    entropy_loss_index: float = 1.1
+
+    def __call__(self, trace: Trace) -> Tensor:
+        q = self.entropy_loss_index
+        rows = [(normalised_entropy(d.scored().softmax(-1), q)[:, None], d.mask()) for d in trace.values()]
+        return self.entropy_coefficient * masked_mean(rows)[0]
+
+
+@losses.register("localized_balance")
+@dataclass(frozen=True, kw_only=True)
+class LocalizedBalance(Loss):
+    """LoRAMoE's constraint: two halves of the experts for two types of task (arXiv 2312.09979).
+
+    Q[b, e] = Σ_s gate[b, s, e];   Z = Q ⊙ I,  I = 1 + δ where the sample's type matches the expert's half, else 1 − δ
+    loss = β · Σ_linears Var(Z) / mean(Z)²      (squared_mean=False: the paper's Var / mean)
+
+    Task type 1 (world knowledge) matches experts 0..E/2−1, type 0 the others.
+    """
+
+    localized_coefficient: float = 0.1
+    delta: float = 0.1
+    squared_mean: bool = True
+
+    def __call__(self, trace: Trace) -> Tensor:
+        return self.localized_coefficient * torch.stack([self._one(d) for d in trace.values()]).sum()
+
+    def _one(self, decision: Decision) -> Tensor:
+        routing, ctx = decision
+        if ctx.task_ids is None:
+            raise StateError("localized balancing needs task types (0 or 1); call mixture.set_tasks(ids)")
+        if routing.num_experts % 2:
+            raise ConfigError(f"localized balancing halves the experts; num_experts={routing.num_experts} is odd")
+        mask_T = decision.mask()
+        sequence_T = ctx.segment_ids if ctx.segment_ids is not None else _row_of_token(ctx, mask_T.device)
+        num_sequences = ctx.shape[0] if ctx.segment_ids is None else int(sequence_T.max()) + 1
+        gates_TE = routing.gates() * mask_T[:, None]
+        mass_BE = gates_TE.new_zeros(num_sequences, routing.num_experts).index_add(0, sequence_T, gates_TE)
+        real_B = mask_T.new_zeros(num_sequences).index_add(0, sequence_T, mask_T) > 0
+        type_B = mask_T.new_zeros(num_sequences).index_add(0, sequence_T, ctx.task_ids * mask_T) > 0
+        first_half_E = torch.arange(routing.num_experts, device=mask_T.device) < routing.num_experts // 2
+        importance_BE = torch.where(type_B[:, None] == first_half_E, 1 + self.delta, 1 - self.delta)
+        return self._spread((mass_BE * importance_BE)[real_B].double()).to(mass_BE.dtype)
+
+    def _spread(self, z: Tensor) -> Tensor:
+        """Unbiased variance over (squared) mean, from moments that add up over ranks."""
+        count, total, squares = all_ranks(torch.stack([z.new_tensor(z.numel()), z.sum(), z.square().sum()]))
+        mean = total / count
+        variance = (squares - count * mean**2) / (count - 1)
+        return variance / (mean**2 + 1e-10 if self.squared_mean else mean + 1e-10)
+
+
+@losses.register("task_cross_entropy")
+@dataclass(frozen=True, kw_only=True)
+class TaskCrossEntropy(Loss):
+    """MeteoRA's gate supervision: the gate of every linear should name the token's task (arXiv 2405.13053).
+
+    Mean cross-entropy over linears and tokens of logits at s against the task of token s + 1, as the language
+    modelling loss shifts; the coefficient 50 is the released code's.
+    """
+
+    task_coefficient: float = 50.0
+
+    def __call__(self, trace: Trace) -> Tensor:
+        return self.task_coefficient * masked_mean([self._one(d) for d in trace.values()])[0]
+
+    def _one(self, decision: Decision) -> tuple[Tensor, Tensor]:
+        ctx, logits_TE = decision.context, decision.scored()
+        if ctx.task_ids is None:
+            raise StateError("MeteoRA's gate loss needs task ids; call mixture.set_tasks(ids)")
+        if bool((ctx.task_ids >= logits_TE.shape[1]).any()):
+            raise ConfigError(f"a task id is not below num_experts={logits_TE.shape[1]}; task i names expert i")
+        mask_BS = decision.mask().view(ctx.shape)
+        segments_BS = None if ctx.segment_ids is None else ctx.segment_ids.view(ctx.shape)
+        tasks_BS = ctx.task_ids.view(ctx.shape)
+        valid = mask_BS[:, :-1] * mask_BS[:, 1:] * (tasks_BS[:, 1:] >= 0)
+        if segments_BS is not None:
+            valid = valid * (segments_BS[:, :-1] == segments_BS[:, 1:])
+        shifted = logits_TE.view(*ctx.shape, -1)[:, :-1].flatten(0, 1)
+        wrong_T = F.cross_entropy(shifted, tasks_BS[:, 1:].flatten().clamp(min=0), reduction="none")
+        return wrong_T[:, None], valid.flatten()
+
+
+@losses.register("specialisation_balance")
+@dataclass(frozen=True, kw_only=True)
+class SpecialisationBalance(Loss):
+    """LoRA-Mixer's RSL (arXiv 2507.00029):  c · ( Σ_e P_e f_e − λ E_x[H(p(x))] ), per linear, averaged over linears.
+
+    P mean probability, f share of top-1 choices. The paper's text wants specialisation, its formula raises the
+    entropy; entropy_sign "paper" is the formula, "specialise" the text. No official coefficients exist: these are ours.
+    """
+
+    specialisation_coefficient: float = 0.01
+    entropy_weight: float = 0.1
+    entropy_sign: Literal["paper", "specialise"] = "paper"
+
+    def __call__(self, trace: Trace) -> Tensor:
+        terms = [self._one(d) for d in trace.values() if d.routing.logits is not None]
+        if not terms:
+            return next(iter(trace.values())).routing.weights.new_zeros(())
+        return self.specialisation_coefficient * torch.stack(terms).mean()
+
+    def _one(self, decision: Decision) -> Tensor:
+        log_p_TE = decision.scored().log_softmax(-1)
+        p_TE, num_experts = log_p_TE.exp(), decision.routing.num_experts
+        entropy_T1 = -(p_TE * log_p_TE).sum(-1, keepdim=True)
+        first_TE = F.one_hot(p_TE.argmax(-1), num_experts).to(p_TE.dtype)
+        means = masked_mean([(torch.cat([p_TE, first_TE, entropy_T1], dim=1), decision.mask())])
+        probability_E, frequency_E, entropy = means.split([num_experts, num_experts, 1])
+        sign = -1 if self.entropy_sign == "paper" else 1
+        return (probability_E * frequency_E).sum() + sign * self.entropy_weight * entropy[0]
+
+
+def normalised_entropy(probs: Tensor, q: float, eps: float = 1e-5) -> Tensor:
+    """Tsallis entropy of probs (..., E) over its maximum, so in [0, 1]; q = 1 is Shannon's.
+
+    S_q = (1 − Σ (p + eps)^q) / (q − 1),   S_max = (1 − E^(1−q)) / (q − 1)
+    """
+    num_experts = probs.shape[-1]
+    if num_experts == 1:
+        return torch.zeros_like(probs[..., 0])
+    shifted = probs + eps
+    if q == 1:
+        return -(shifted * shifted.log()).sum(-1) / torch.tensor(float(num_experts)).log().to(probs)
+    return (1 - shifted.pow(q).sum(-1)) / (1 - num_experts ** (1 - q))
+
+
+def masked_mean(rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean of values (T_i, F) under masks (T_i,), over all parts and all ranks -> (F,); 0 where nothing is real."""
+    sums_F = torch.stack([(values * mask[:, None]).sum(0) for values, mask in rows]).sum(0)
+    count = torch.stack([mask.sum() for _, mask in rows]).sum().to(sums_F.dtype)
+    both = all_ranks(torch.cat([sums_F, count[None]]))
+    return both[:-1] / both[-1].clamp(min=1)
+
+
+def all_ranks(value: Tensor) -> Tensor:
+    """Sum over ranks, with gradient."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return dist_functional.all_reduce(value)
+    return value
+
+
+def block_of(name: str) -> str:
+    """The transformer block a module name lies in: "model.layers.3.mlp.up_proj" -> "model.layers.3"."""
+    parts = name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), "")
+
+
+def _by_block(trace: Trace) -> list[list[Decision]]:
+    groups: dict[str, list[Decision]] = defaultdict(list)
+    for name, decision in trace.items():
+        groups[block_of(name)].append(decision)
+    return list(groups.values())
+
+
+def _by_num_experts(trace: Trace) -> list[list[Decision]]:
+    groups: dict[int, list[Decision]] = defaultdict(list)
+    for decision in trace.values():
+        groups[decision.routing.num_experts].append(decision)
+    return list(groups.values())
+
+
+def _row_of_token(ctx: RouteContext, device: torch.device) -> Tensor:
+    return torch.arange(ctx.shape[0], device=device).repeat_interleave(ctx.shape[1])

@@ -1,0 +1,209 @@
+"""Mixture: the handle on a converted model. The model itself stays the user's own and is used as before.
+
+mixture = molex.convert(model, molex.preset("mixlora"))
+loss = model(**batch).loss + mixture.aux_loss();  loss.backward();  optimizer.step();  mixture.step()
+mixture.save("out/");  mixture.revert()
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from molex.config import MixtureConfig
+from molex.errors import ConfigError, StateError, TargetError
+from molex.experts.lora import LoRABank
+from molex.layer import MixtureLinear
+from molex.losses import Decision
+from molex.state import MixtureState
+from molex.stats import LayerStats, layer_stats, loads_of_all_ranks
+
+logger = logging.getLogger("molex")
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # layer name -> A (R, D), B (O, R)
+
+
+class Mixture:
+    """Made by `molex.convert` and `molex.load`; `Mixture.of(model)` finds it again, on copies of a model too."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MixtureConfig,
+        layers: dict[str, MixtureLinear],
+        also_trained: list[str],
+        state: MixtureState,
+    ):
+        self.model, self.config, self.layers = model, config, layers
+        self.also_trained, self.state = also_trained, state
+        self.hooks: list[RemovableHandle] = []
+        self.required_grad: dict[str, bool] = {}  # of the base's parameters, before the conversion
+
+    @staticmethod
+    def of(model: nn.Module) -> "Mixture":
+        """The mixture of a converted model. Raises StateError where it has none."""
+        mixture = getattr(model, "molex_mixture", None)
+        if mixture is None:
+            raise StateError(f"this {type(model).__name__} is not converted; call molex.convert(model, config)")
+        return mixture
+
+    @property
+    def experts(self) -> list[str]:
+        """The experts' names, of the layer that has most."""
+        return max((layer.experts.names for layer in self.layers.values()), key=len)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What training moves: experts, routers and also_train modules."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def num_parameters(self) -> dict[str, int]:
+        """Counts: stored (experts and routers), trainable, and base."""
+        owned = [p for name, p in self.model.named_parameters() if self.owns(name)]
+        total = sum(p.numel() for p in self.model.parameters())
+        stored = sum(p.numel() for p in owned)
+        return {
+            "stored": stored,
+            "trainable": sum(p.numel() for p in self.trainable_parameters()),
+            "base": total - stored,
+        }
+
+    def owns(self, name: str) -> bool:
+        """Whether a parameter or buffer of the model belongs to the mixture, by its name in the model."""
+        if name.startswith("molex."):
+            return True
+        layer, _, rest = name.partition(".experts.")
+        if not rest:
+            layer, _, rest = name.partition(".router.")
+        return bool(rest) and layer in self.layers
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the mixture adds to the base and what it trains whole, under the model's own names."""
+        whole = tuple(f"{name}." for name in self.also_trained)
+        named = self.model.state_dict()
+        return {name: t for name, t in named.items() if self.owns(name) or (whole and name.startswith(whole))}
+
+    def aux_loss(self) -> Tensor:
+        """The sum of the method's losses over the last forward. Raises StateError where nothing was recorded."""
+        trace = self.state.trace
+        if not self.config.losses:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        if not trace:
+            raise StateError("no routing is recorded: run a forward with gradients on (or in evaluation mode) first")
+        scored = {name: d for name, d in trace.items() if d.routing.num_experts > 1}
+        return torch.stack([loss(scored) for loss in self.config.losses]).sum()
+
+    def step(self) -> None:
+        """Moves balance biases against the last forward's load; call it after each micro-batch's backward."""
+        balanced = {name: d for name, d in self.state.trace.items() if self.layers[name].router is not None}
+        if not balanced:
+            return
+        for name, load_E in loads_of_all_ranks(balanced).items():
+            router = self.layers[name].router
+            assert router is not None
+            router.balance(load_E)
+
+    def stats(self) -> dict[str, LayerStats]:
+        """Load, entropy and dead experts of each routed layer in the last forward."""
+        return layer_stats(self.state.trace)
+
+    def set_tasks(self, task_ids: Tensor | Sequence[int] | None) -> None:
+        """Task ids of the batches to come, (B,) or (B, S); they stay until changed, since backward may recompute."""
+        self.state.tasks = None if task_ids is None else torch.as_tensor(task_ids, dtype=torch.long)
+
+    @contextmanager
+    def using(
+        self,
+        tasks: Tensor | Sequence[int] | None = None,
+        adapters: str | Sequence[str | None] | None = None,
+    ) -> Iterator[None]:
+        """Inference with these task ids, or with one expert by name for each sequence (None = the base alone)."""
+        before = self.state.tasks, self.state.request
+        if tasks is not None:
+            self.set_tasks(tasks)
+        if adapters is not None:
+            named = [adapters] if isinstance(adapters, str) else adapters
+            self.state.request = torch.tensor([self._expert_id(name) for name in named])
+        try:
+            yield
+        finally:
+            self.state.tasks, self.state.request = before
+
+    def _expert_id(self, name: str | None) -> int:
+        if name is None:
+            return -1
+        if name not in self.experts:
+            raise ConfigError(f"no expert {name!r}; this mixture has: {', '.join(self.experts)}")
+        return self.experts.index(name)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model, with no expert at work: the reference of DPO and GRPO. also_train modules stay trained."""
+        before, self.state.enabled = self.state.enabled, False
+        try:
+            yield
+        finally:
+            self.state.enabled = before
+
+    @contextmanager
+    def record(self) -> Iterator[list[dict[str, Decision]]]:
+        """Collects the routing of every forward inside: generation overwrites the trace at each token."""
+        before, self.state.steps = self.state.steps, []
+        try:
+            yield self.state.steps
+        finally:
+            self.state.steps = before
+
+    def load_expert(self, expert_id: int, name: str, factors: Factors, scale: float) -> None:
+        """Puts a pretrained LoRA in an expert's place in every layer; a layer it lacks gets a zero expert there.
+
+        Raises TargetError on a layer this mixture does not have, ConfigError on a wrong id or shape.
+        """
+        unknown = sorted(set(factors) - set(self.layers))
+        if unknown:
+            raise TargetError(f"expert {name!r} has layers that are not converted: {', '.join(unknown[:5])}")
+        missing = [layer_name for layer_name in self.layers if layer_name not in factors]
+        if missing:
+            logger.warning("expert %r has no %d of %d layers; they add nothing", name, len(missing), len(self.layers))
+        for layer_name, layer in self.layers.items():
+            A, B = factors.get(layer_name) or layer.zero_factors(expert_id)
+            layer.load_expert(expert_id, name, A, B, scale)
+
+    def grow(self, num_experts: int) -> None:
+        """Freezes the experts there are and adds trainable ones: MoRAM's next task.
+
+        Raises ConfigError for routers that have parameters per expert.
+        """
+        for name, layer in self.layers.items():
+            if not isinstance(layer.experts, LoRABank) or layer.router is None or list(layer.router.parameters()):
+                raise ConfigError(f"{name}: only experts whose router has no parameters of its own can grow")
+        for layer in self.layers.values():
+            assert isinstance(layer.experts, LoRABank)
+            layer.experts.freeze(num_experts, self.config.ranks(1)[0], self.config.scales(num_experts)[0])
+
+    def revert(self) -> nn.Module:
+        """Gives the model back as it was: the same base objects, hooks gone, requires_grad restored."""
+        for name, layer in self.layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, layer.base)
+        for hook in self.hooks:
+            hook.remove()
+        for attribute in ("molex", "molex_mixture", "save_pretrained"):
+            if attribute in vars(self.model) or attribute in self.model._modules:
+                delattr(self.model, attribute)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.required_grad[name])
+        return self.model
+
+    def summary(self) -> dict[str, Any]:
+        """What was made, for tables and cards."""
+        counts = [layer.experts.num_experts for layer in self.layers.values()]
+        return {
+            "method": self.config.method,
+            "layers": len(self.layers),
+            "experts": (min(counts), max(counts)),
+            **self.num_parameters(),
+        }

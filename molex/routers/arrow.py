@@ -1,0 +1,57 @@
+"""Arrow: route to pretrained experts without training (arXiv 2405.11157).
+
+    v_e = top right singular vector of B_e A_e;   logit_e = |v_e · x|;   w = softmax(topk(logits, k) / τ)
+
+The singular vector comes from the small core: with Bᵀ's QR factor R_B, the right vectors of B A are those of R_B A.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molex.errors import ConfigError
+from molex.routers.base import Router, RouterConfig, check_top_k, routers
+from molex.routing import RouteContext, Routing
+
+
+@routers.register("arrow")
+@dataclass(frozen=True, kw_only=True)
+class ArrowConfig(RouterConfig):
+    """temperature τ of the softmax over the chosen."""
+
+    top_k: int = 3
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature={self.temperature} must be above 0")
+
+    def build(self, in_features: int, num_experts: int) -> Router:
+        return ArrowRouter(self, in_features, num_experts)
+
+
+class ArrowRouter(Router):
+    """prototypes (E, D), a persistent buffer; zero until experts are loaded."""
+
+    prototypes: Tensor
+
+    def __init__(self, config: ArrowConfig, in_features: int, num_experts: int):
+        check_top_k(config.top_k, num_experts)
+        super().__init__(num_experts)
+        self.config = config
+        self.register_buffer("prototypes", torch.zeros(num_experts, in_features))
+
+    @torch.no_grad()
+    def learn_expert(self, expert_id: int, A: Tensor, B: Tensor) -> None:
+        """Takes the direction of an expert that was just loaded: A (R, D), B (O, R)."""
+        core_RR = torch.linalg.qr(B.double()).R
+        direction_D = torch.linalg.svd(core_RR @ A.double(), full_matrices=False).Vh[0]
+        self.prototypes[expert_id] = direction_D.to(self.prototypes)
+
+    def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits_TE = (x.to(dtype) @ self.prototypes.to(dtype).T).abs()
+        best_TK, ids_TK = logits_TE.topk(self.config.top_k, dim=-1)
+        return Routing(ids_TK, (best_TK / self.config.temperature).softmax(-1), logits_TE, self.num_experts)

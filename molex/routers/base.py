@@ -1,0 +1,105 @@
+"""What a router is: a rule from tokens to `Routing`.
+
+A router routes and does nothing else: no dispatch, no loss, no statistics, no knowledge of LoRA. Logits, softmax
+and weights are computed in float32 or wider, also under autocast, whatever the model's dtype.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molex.errors import ConfigError, StateError
+from molex.registry import Registry
+from molex.routing import RouteContext, Routing
+
+
+class Router(nn.Module, ABC):
+    """`needs_activations`: ctx.activations must hold A x. `needs_tasks`: ctx.task_ids must be set."""
+
+    needs_activations: ClassVar[bool] = False
+    needs_tasks: ClassVar[bool] = False
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+
+    @abstractmethod
+    def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
+        """x (T, D) -> Routing over T tokens."""
+
+    def balance(self, load: Tensor) -> None:
+        """Told once per step how many token slots each expert served (E,), over all ranks. Most do nothing."""
+
+    def task_ids(self, ctx: RouteContext, num_tasks: int) -> Tensor:
+        """The tokens' tasks (T,). Raises StateError when nobody set them, ConfigError when one is out of range."""
+        if ctx.task_ids is None:
+            raise StateError(
+                f"{ctx.layer}: this router goes by task; call mixture.set_tasks(ids) or pass a `task_ids` column"
+            )
+        if not torch.compiler.is_compiling() and bool(((ctx.task_ids < 0) | (ctx.task_ids >= num_tasks)).any()):
+            raise ConfigError(f"{ctx.layer}: a task id is outside 0..{num_tasks - 1}")
+        return ctx.task_ids
+
+
+class BalancedRouter(Router):
+    """A router with a balance bias, moved against the load after each step, never by a gradient or in forward.
+
+    bias_e += rate · sign(mean load − load_e)
+    """
+
+    bias: Tensor
+
+    def __init__(self, num_experts: int, rate: float):
+        super().__init__(num_experts)
+        self.rate = rate
+        self.register_buffer("bias", torch.zeros(num_experts))
+
+    @torch.no_grad()
+    def balance(self, load: Tensor) -> None:
+        self.bias += self.rate * torch.sign(load.float().mean() - load).to(self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig(ABC):
+    """Base of the routers' configurations; each builds its router for one layer. `scope`: what shares a decision;
+    a "model" router is built once, with num_layers, and decides for every layer before the model runs."""
+
+    scope: ClassVar[Literal["layer", "model"]] = "layer"
+
+    @abstractmethod
+    def build(self, in_features: int, num_experts: int) -> Router: ...
+
+
+class Gate(nn.Module):
+    """The linear map from tokens to logits: weight (E, D), no bias, master weight float32.
+
+    init: "kaiming" is U(±1/√D) (nn.Linear's own), a number is the standard deviation of a normal.
+    """
+
+    def __init__(self, in_features: int, num_experts: int, init: float | Literal["kaiming"] = "kaiming"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features))
+        if init == "kaiming":
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        else:
+            nn.init.normal_(self.weight, std=init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, D) -> (T, E), float32 or wider, out of autocast's reach."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), self.weight.to(dtype))
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Raises ConfigError unless 1 <= top_k <= num_experts."""
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(f"top_k={top_k} of {num_experts} experts; top_k must be between 1 and num_experts")
+
+
+routers: Registry[type[RouterConfig]] = Registry("router")

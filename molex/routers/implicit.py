@@ -1,0 +1,48 @@
+"""FlyLoRA: the frozen sparse projection A x is itself the router (arXiv 2510.08396).
+
+    y = A x;   ids = topk(|y + d|, k);   weight 1 on the chosen
+
+d is a balance bias that takes part in the choice only. The released code chooses by the signed y + d
+(`signed=True`); its 16-bit path also stops the gradient from the experts to x, which neither the paper nor molex
+does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molex.routers.base import BalancedRouter, Router, RouterConfig, check_top_k, routers
+from molex.routing import RouteContext, Routing
+
+
+@routers.register("implicit")
+@dataclass(frozen=True, kw_only=True)
+class ImplicitConfig(RouterConfig):
+    """bias_rate: how far d moves after each step."""
+
+    top_k: int = 8
+    bias_rate: float = 1e-3
+    signed: bool = False
+
+    def build(self, in_features: int, num_experts: int) -> Router:
+        return ImplicitRouter(self, num_experts)
+
+
+class ImplicitRouter(BalancedRouter):
+    """No trained parameters; a balance bias (E,)."""
+
+    needs_activations = True
+
+    def __init__(self, config: ImplicitConfig, num_experts: int):
+        check_top_k(config.top_k, num_experts)
+        super().__init__(num_experts, config.bias_rate)
+        self.config = config
+
+    def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
+        assert ctx.activations is not None
+        scores_TE = ctx.activations.to(torch.promote_types(x.dtype, torch.float32)) + self.bias
+        if not self.config.signed:
+            scores_TE = scores_TE.abs()
+        ids_TK = scores_TE.topk(self.config.top_k, dim=-1).indices
+        return Routing(ids_TK, torch.ones_like(ids_TK, dtype=scores_TE.dtype), scores_TE, self.num_experts)

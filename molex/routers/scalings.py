@@ -1,0 +1,89 @@
+"""X-LoRA: a head on the model's own last hidden states scales every adapter in every layer (arXiv 2402.07148).
+
+    pass 1   hidden states of the model with the experts off
+    head     depth 1: Linear;   deeper: (Linear, ReLU, Dropout) × (depth − 1), Linear;   logits (T, L, E)
+    w = softmax(logits / τ);   pass 2   the model with w[:, l] in layer l
+
+Model scope: it runs before the model (see molex.two_pass) and leaves a Routing for each layer. `layerwise=False`
+shares one set of weights between all layers. `top_k` keeps the largest without renormalising; `softmax_top_k` then
+takes a softmax over the kept weights, as PEFT does.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from molex.errors import ConfigError
+from molex.routers.base import Router, RouterConfig, check_top_k, routers
+from molex.routing import RouteContext, Routing, dense_routing
+
+
+@routers.register("scalings")
+@dataclass(frozen=True, kw_only=True)
+class ScalingsConfig(RouterConfig):
+    """depth, hidden_size, head_dropout: the head. top_k None = every expert."""
+
+    scope: ClassVar[Literal["layer", "model"]] = "model"
+
+    depth: int = 1
+    hidden_size: int = 2048
+    head_dropout: float = 0.2
+    temperature: float = 1.0
+    softmax: bool = True
+    layerwise: bool = False
+    top_k: int | None = None
+    softmax_top_k: bool = False
+    global_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.hidden_size < 1 or self.temperature <= 0:
+            raise ConfigError(
+                f"depth={self.depth} and hidden_size={self.hidden_size} must be at least 1, "
+                f"temperature={self.temperature} above 0"
+            )
+
+    def build(self, in_features: int, num_experts: int) -> Router:
+        raise ConfigError("an X-LoRA head is built for a whole model: build_head")
+
+    def build_head(self, in_features: int, num_experts: int, num_layers: int) -> "ScalingsRouter":
+        return ScalingsRouter(self, in_features, num_experts, num_layers)
+
+
+class ScalingsRouter(Router):
+    """`head`: Linear layers with bias, PEFT's order of modules."""
+
+    def __init__(self, config: ScalingsConfig, in_features: int, num_experts: int, num_layers: int):
+        check_top_k(num_experts if config.top_k is None else config.top_k, num_experts)
+        super().__init__(num_experts)
+        self.config, self.num_layers = config, num_layers
+        num_out = num_experts * (num_layers if config.layerwise else 1)
+        sizes = [in_features] + [config.hidden_size] * (config.depth - 1)
+        blocks: list[nn.Module] = []
+        for size_in, size_out in pairwise(sizes):
+            blocks += [nn.Linear(size_in, size_out), nn.ReLU(), nn.Dropout(config.head_dropout)]
+        self.head = nn.Sequential(*blocks, nn.Linear(sizes[-1], num_out))
+
+    def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
+        """The first layer's routing; `decide` gives all of them."""
+        return self.decide(x)[0]
+
+    def decide(self, hidden: Tensor) -> list[Routing]:
+        """hidden (T, D) -> a Routing per layer, in the order of mixture.layers."""
+        dtype = torch.promote_types(hidden.dtype, next(self.head.parameters()).dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = self.head(hidden.to(dtype)).to(torch.promote_types(dtype, torch.float32))
+        logits_TLE = logits.view(hidden.shape[0], -1, self.num_experts).expand(-1, self.num_layers, -1)
+        return [self._route(logits_TE) for logits_TE in logits_TLE.unbind(1)]
+
+    def _route(self, logits_TE: Tensor) -> Routing:
+        scaled_TE = logits_TE / self.config.temperature
+        weights_TE = scaled_TE.softmax(-1) if self.config.softmax else scaled_TE
+        if self.config.top_k is None:
+            return dense_routing(weights_TE * self.config.global_weight, logits_TE)
+        weights_TK, ids_TK = weights_TE.topk(self.config.top_k, dim=-1)
+        if self.config.softmax_top_k:
+            weights_TK = weights_TK.softmax(-1)
+        return Routing(ids_TK, weights_TK * self.config.global_weight, logits_TE, self.num_experts)

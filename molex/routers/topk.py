@@ -1,0 +1,56 @@
+"""Softmax over the experts, the k largest kept and renormalised: MixLoRA, MoLA, MeteoRA.
+
+    p = softmax(W x);   (w, ids) = topk(p, k);   w ← w / Σ w
+
+MixLoRA arXiv 2404.15159, MoLA arXiv 2402.08562, MeteoRA arXiv 2405.13053. `renormalise=False` keeps the raw p.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from molex.errors import ConfigError
+from molex.routers.base import Gate, Router, RouterConfig, check_top_k, routers
+from molex.routing import RouteContext, Routing
+
+
+@routers.register("topk")
+@dataclass(frozen=True, kw_only=True)
+class TopKConfig(RouterConfig):
+    """gate_init: "kaiming" or a standard deviation. temperature divides the logits. jitter: during training the router
+    reads x · U(1 − jitter, 1 + jitter); the experts read x itself (MixLoRA's code perturbs both)."""
+
+    top_k: int = 2
+    renormalise: bool = True
+    temperature: float = 1.0
+    jitter: float = 0.0
+    gate_init: float | Literal["kaiming"] = "kaiming"
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 <= self.jitter < 1:
+            raise ConfigError(f"temperature={self.temperature} must be above 0, jitter={self.jitter} in [0, 1)")
+
+    def build(self, in_features: int, num_experts: int) -> Router:
+        return TopKRouter(self, in_features, num_experts)
+
+
+class TopKRouter(Router):
+    """One linear gate."""
+
+    def __init__(self, config: TopKConfig, in_features: int, num_experts: int):
+        check_top_k(config.top_k, num_experts)
+        super().__init__(num_experts)
+        self.config = config
+        self.gate = Gate(in_features, num_experts, config.gate_init)
+
+    def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
+        if self.training and self.config.jitter:
+            x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
+        logits_TE = self.gate(x)
+        probs_TE = (logits_TE / self.config.temperature).softmax(-1)
+        weights_TK, ids_TK = probs_TE.topk(self.config.top_k, dim=-1)
+        if self.config.renormalise:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return Routing(ids_TK, weights_TK, logits_TE, self.num_experts)

@@ -1,0 +1,81 @@
+"""Routing: the only thing that travels from a router to the experts, and what a router may know.
+
+Every method of the field is the one equation
+
+    y = base(x) + B ( G(x) * (A x) )        A (C, D)   B (O, C)   G (T, C)
+
+and differs in G. A router does not build G itself: it names experts and weights, which is the same for
+blocks of columns (LoRA experts) and for single columns (rank-1 experts).
+
+Shapes, as suffixes of local names throughout molex:
+    T tokens (B sequences x S positions)   D in-features   O out-features   E experts   R ranks of one expert
+    C columns = ranks of all experts       K experts per token              L layers
+Parameters and fields carry no suffix, because they become checkpoint keys.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Which experts serve each token, and how strongly.
+
+    A NamedTuple because DeepSpeed's ZeRO-3 finds the tensors of a module's result only in tuples, lists and dicts.
+    """
+
+    expert_ids: Tensor  # (T, K) int64; -1 is nobody
+    weights: Tensor  # (T, K) float32 or wider, differentiable; 0 where nobody
+    logits: Tensor | None  # (T, E), what losses read; None where nothing was scored
+    num_experts: int
+
+    def gates(self) -> Tensor:
+        """The same decision as a dense (T, E) matrix; zero where an expert was not chosen."""
+        num_tokens = self.expert_ids.shape[0]
+        slots_TK = self.expert_ids.where(self.expert_ids >= 0, self.num_experts)
+        gates = self.weights.new_zeros(num_tokens, self.num_experts + 1)
+        return gates.scatter_add(1, slots_TK, self.weights)[:, : self.num_experts]
+
+    def scaled(self, scale: Tensor) -> "Routing":
+        """Folds the experts' scales (E,) into the weights."""
+        scale_TK = scale.to(self.weights.dtype)[self.expert_ids.clamp(min=0)]
+        return self._replace(weights=self.weights * scale_TK)
+
+    def check(self) -> None:
+        """States the invariants; raises AssertionError. Tests call it for every router."""
+        ids_TK, weights_TK = self.expert_ids, self.weights
+        assert ids_TK.dtype == torch.int64, f"expert_ids are {ids_TK.dtype}, not int64"
+        assert ids_TK.dim() == 2, f"expert_ids are {tuple(ids_TK.shape)}, not (T, K)"
+        assert ids_TK.shape == weights_TK.shape, "expert_ids and weights differ in shape"
+        assert weights_TK.dtype in (torch.float32, torch.float64), f"weights are {weights_TK.dtype}"
+        assert bool(((ids_TK >= -1) & (ids_TK < self.num_experts)).all()), "an expert id is out of range"
+        assert bool(weights_TK.isfinite().all()), "a weight is not finite"
+        assert bool((weights_TK[ids_TK < 0] == 0).all()), "nobody has a weight"
+        picks_TE = torch.zeros(ids_TK.shape[0], self.num_experts + 1, device=ids_TK.device)
+        picks_TE.scatter_add_(1, ids_TK % (self.num_experts + 1), torch.ones_like(ids_TK, dtype=torch.float32))
+        assert bool((picks_TE[:, : self.num_experts] <= 1).all()), "an expert is chosen twice for one token"
+        if self.logits is not None:
+            assert self.logits.shape == (ids_TK.shape[0], self.num_experts), "logits are not (T, E)"
+
+
+@dataclass(frozen=True)
+class RouteContext:
+    """What a router or a loss may know besides the tokens themselves. All per-token fields are flat, (T,)."""
+
+    shape: tuple[int, int]  # B, S
+    token_mask: Tensor | None = None  # bool, True = a real token; None = all are
+    task_ids: Tensor | None = None  # int64
+    segment_ids: Tensor | None = None  # int64, counts sequences through a packed batch
+    request: Tensor | None = None  # int64, the expert a caller asked for; -1 = let the router decide
+    layer: str = ""
+    training: bool = False
+    activations: Tensor | None = None  # (T, C) = A x, only for routers that route on it
+
+
+def dense_routing(weights: Tensor, logits: Tensor | None) -> Routing:
+    """Every expert serves every token: K == E, weights (T, E)."""
+    num_tokens, num_experts = weights.shape
+    ids_TE = torch.arange(num_experts, device=weights.device).expand(num_tokens, num_experts)
+    return Routing(ids_TE, weights, logits, num_experts)

@@ -1,0 +1,63 @@
+"""Where tokens went: load, entropy and dead experts of each layer, read from the trace after a forward.
+
+load_e   share of the chosen slots that expert e served, padding left out (sums to 1)
+entropy  of the load, divided by log E: 1 = even, 0 = one expert does everything
+dead     experts that served nobody
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molex.losses import Decision, Trace, all_ranks
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """counts: slots served by each expert (E,); tokens: how many real tokens were routed."""
+
+    counts: Tensor
+    tokens: int
+
+    @property
+    def load(self) -> Tensor:
+        return self.counts / self.counts.sum().clamp(min=1)
+
+    @property
+    def entropy(self) -> float:
+        if len(self.counts) == 1:
+            return 1.0
+        load = self.load.double()
+        return float(-(load * load.clamp(min=1e-300).log()).sum() / math.log(len(load)))
+
+    @property
+    def dead(self) -> list[int]:
+        return (self.counts == 0).nonzero().flatten().tolist()
+
+    def __add__(self, other: "LayerStats") -> "LayerStats":
+        return LayerStats(self.counts + other.counts, self.tokens + other.tokens)
+
+
+@torch.no_grad()
+def slot_counts(decision: Decision) -> Tensor:
+    """How many real tokens chose each expert: (E,), float."""
+    routing = decision.routing
+    chosen_TK = (routing.expert_ids >= 0) & (routing.weights != 0)
+    weights_TK = chosen_TK.to(routing.weights.dtype) * decision.mask()[:, None]
+    return routing._replace(weights=weights_TK.detach()).gates().sum(0)
+
+
+@torch.no_grad()
+def layer_stats(trace: Trace) -> dict[str, LayerStats]:
+    """Statistics of one forward, per layer, on the CPU; over this process's tokens only."""
+    return {name: LayerStats(slot_counts(d).cpu(), int(d.mask().sum())) for name, d in trace.items()}
+
+
+@torch.no_grad()
+def loads_of_all_ranks(trace: Trace) -> dict[str, Tensor]:
+    """Slot counts per layer summed over ranks, in one reduction: what balance biases move against."""
+    counts = [slot_counts(decision) for decision in trace.values()]
+    sizes = [len(count) for count in counts]
+    return dict(zip(trace, all_ranks(torch.cat(counts)).split(sizes), strict=True))
