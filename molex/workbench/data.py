@@ -42,9 +42,7 @@ FORMATS: dict[str, Callable[[str, str, str], Row]] = {
 }
 
 
-def dataset(
-    names: Sequence[str], split: str, size: int, format: str = "prompt-completion", seed: int = 0
-) -> list[Row]:
+def dataset(names: Sequence[str], split: str, size: int, format: str = "prompt-completion", seed: int = 0) -> list[Row]:
     """Draw `size` rows that take the named skills in turn; `datasets.Dataset.from_list` takes the result.
 
     A name may also be one of the base's own transformations. The same arguments give the same rows on every

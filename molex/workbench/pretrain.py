@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import trange
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from molex.workbench.data import Row, collate, dataset, numbered
+from molex.workbench.data import FORMATS, Row, collate, dataset, numbered
 from molex.workbench.model import base_config
 from molex.workbench.scoring import exact_match, exact_match_by_skill
 from molex.workbench.skill import Skill
@@ -112,11 +112,8 @@ def train_step(
 def draw_batch(known: list[Skill], questions: int, numbered_share: float, rng: Random) -> list[Row]:
     """About `questions` questions: alone, or n to a numbered prompt, with one n for the whole batch."""
     if rng.random() >= numbered_share:
-        rows = []
-        for skill in rng.choices(known, k=questions):
-            text, answer = skill.sample(rng, "train")
-            rows.append({"prompt": f"{skill.name}: {text}\n= ", "completion": answer})
-        return rows
+        row = FORMATS["prompt-completion"]
+        return [row(skill.name, *skill.sample(rng, "train")) for skill in rng.choices(known, k=questions)]
     n = rng.choice((1, 2, 3, 4, 5, 10))
     return [numbered(rng.choices(known, k=n), rng, "train") for _ in range(questions // n)]
 
@@ -127,8 +124,7 @@ def score(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> dict[s
     rows = dataset(list(known), "test", 64 * len(known))
     rng = Random("numbered")
     prompts = {
-        n: [numbered(rng.choices(list(known.values()), k=n), rng, "test") for _ in range(128)]
-        for n in (1, 3, 5, 10)
+        n: [numbered(rng.choices(list(known.values()), k=n), rng, "test") for _ in range(128)] for n in (1, 3, 5, 10)
     }
     return {
         "exact_match": exact_match_by_skill(model, tokenizer, rows),
