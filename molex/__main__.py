@@ -1,0 +1,5 @@
+"""python -m molex: the command line."""
+
+from molex.cli import main
+
+main()

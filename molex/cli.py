@@ -1,0 +1,118 @@
+"""The command line:  molex demo | methods | inspect PATH   (also python -m molex ...).
+
+Tables for people, `--json` where a script would read; errors of molex are one sentence on stderr and exit code 1.
+"""
+
+import inspect as python_inspect
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from molex.errors import MolexError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+console = Console()
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@app.callback()
+def molex() -> None:
+    """Mixtures of LoRA experts: convert, train, route, merge and serve."""
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the published methods that are presets: paper and equation."""
+    rows = method_rows()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    table = Table("preset", "method", "equation", "scope", "experts", title="molex.preset(name, **overrides)")
+    for row in rows:
+        table.add_row(row["preset"], row["method"], row["equation"], row["scope"], row["experts"])
+    console.print(table)
+
+
+def method_rows() -> list[dict[str, str]]:
+    """One row for each preset, from its docstring and its defaults."""
+    from molex.config import MixtureConfig
+    from molex.experts import expert_kinds
+    from molex.presets import presets
+
+    rows = []
+    for name in presets:
+        title, equation, _ = _doc_parts(python_inspect.getdoc(presets[name]) or "")
+        config: MixtureConfig = presets[name]()
+        scope = config.router.scope if config.router.scope == "model" else config.scope
+        experts = f"{config.num_experts} × {expert_kinds.name_of(type(config.experts))} r{config.rank}"
+        rows.append({"preset": name, "method": title, "equation": equation, "scope": scope, "experts": experts})
+    return rows
+
+
+def _doc_parts(doc: str) -> tuple[str, str, str]:
+    """A preset's docstring: the method and its paper, the equation, the deviations."""
+    title, equation, *rest = doc.split("\n\n")
+    return title.rstrip("."), " ".join(equation.split()), "\n\n".join(rest)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A folder written by molex, or a PEFT LoRA adapter.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is in a mixture or an adapter: layers, experts, router, sizes. Reads headers only."""
+    from molex.io.inspect import describe
+
+    description = asdict(describe(path))
+    if as_json:
+        typer.echo(json.dumps(description, indent=2, ensure_ascii=False))
+        return
+    table = Table("what", "value", title=str(path))
+    for key, value in description.items():
+        if not isinstance(value, list | tuple | dict):
+            table.add_row(key, _plain(value))
+    console.print(table)
+    for key, value in description.items():
+        if isinstance(value, list | tuple | dict) and value:
+            console.print(_listing(key, value))
+
+
+def _plain(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _listing(title: str, value: Any) -> Table:
+    """A table for a nested value: records become rows, mappings become pairs."""
+    rows = [{"name": k, "value": v} for k, v in value.items()] if isinstance(value, dict) else list(value)
+    records = [row if isinstance(row, dict) else {"value": row} for row in rows]
+    table = Table(*records[0], title=title)
+    for record in records:
+        table.add_row(*[_plain(cell) for cell in record.values()])
+    return table
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where tables, curves, heat map and mixtures go.")] = Path("runs/demo"),
+    steps: Annotated[int, typer.Option(help="Training steps of the three compared methods.")] = 0,
+) -> None:
+    """Turn a small dense model into mixtures by every method: train, compare, save, reload, generate. Offline."""
+    from molex.workbench.demo import run_demo
+
+    run_demo(out, console, steps or None)
+
+
+def main() -> None:
+    """The console script: user errors are one sentence, not a traceback."""
+    try:
+        app()
+    except MolexError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(1)

@@ -1,0 +1,67 @@
+"""The two pictures that go with a trained mixture: loss curves and where tokens went. Needs matplotlib (molex[viz])."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Loads = Mapping[str, Tensor]  # layer name -> share of the slots each expert served (E,)
+
+
+def loss_curves(losses: Mapping[str, Sequence[float]], path: Path, window: int = 10) -> None:
+    """One line for each run, averaged over `window` steps, on a logarithmic axis; written to path as PNG."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, values in losses.items():
+        smooth = torch.tensor(values).unfold(0, min(window, len(values)), 1).mean(1)
+        axes.plot(range(len(values) - len(smooth), len(values)), smooth.tolist(), label=name)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def routing_heat_map(panels: Mapping[str, Loads], path: Path, title: str = "") -> None:
+    """Layers by experts, one panel for each name (a skill, say); white where a layer has fewer experts."""
+    plt = _pyplot()
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(2.2 * len(panels) + 2.5, 5), sharey=True, squeeze=False, layout="constrained"
+    )
+    image = None
+    for axes, (name, loads) in zip(grid[0], panels.items(), strict=True):
+        image = axes.imshow(_padded(loads).numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        axes.set(title=name, xlabel="expert")
+        axes.set_yticks(range(len(loads)), [_short(layer) for layer in loads], fontsize=6)
+    if image is not None:
+        figure.colorbar(image, ax=grid[0], label="share of slots")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _padded(loads: Loads) -> Tensor:
+    """(layers, most experts), NaN where a layer has fewer."""
+    width = max(len(load) for load in loads.values())
+    rows = torch.full((len(loads), width), float("nan"))
+    for row, load in zip(rows, loads.values(), strict=True):
+        row[: len(load)] = load
+    return rows
+
+
+def _short(layer: str) -> str:
+    """model.layers.3.mlp.gate_proj -> 3.gate_proj."""
+    parts = layer.split(".")
+    return ".".join([next((part for part in parts if part.isdigit()), ""), parts[-1]]).strip(".")
+
+
+def _pyplot():  # noqa: ANN202 (a module)
+    """matplotlib on its file backend. Raises ImportError that says what to install."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'molex[viz]'") from error
+    matplotlib.use("agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
