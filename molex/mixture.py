@@ -172,6 +172,16 @@ class Mixture:
             A, B = factors.get(layer_name) or layer.zero_factors(expert_id)
             layer.load_expert(expert_id, name, A, B, scale)
 
+    def factors(self, expert_id: int) -> Factors:
+        """One expert's A (R, D) and B (O, R) in every layer, copied. Raises ConfigError where experts are not LoRAs."""
+        found = {}
+        for name, layer in self.layers.items():
+            if not isinstance(layer.experts, LoRABank):
+                raise ConfigError(f"{name}: experts of this kind are no separate A and B")
+            A_RD, B_OR = layer.experts.columns().expert(expert_id)
+            found[name] = (A_RD.detach().clone(), B_OR.detach().clone())
+        return found
+
     def grow(self, num_experts: int) -> None:
         """Freezes the experts there are and adds trainable ones: MoRAM's next task.
 
