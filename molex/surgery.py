@@ -47,7 +47,7 @@ def convert(model: nn.Module, config: MixtureConfig) -> Mixture:
     for name in also_trained:
         model.get_submodule(name).requires_grad_(True)
     if builder.shared:
-        model.add_module("molex", builder.shared)
+        model.add_module("molex", builder.shared.train(model.training))
     _add_hooks(mixture)
     model.molex_mixture = mixture  # type: ignore[assignment]
     return mixture
@@ -211,8 +211,8 @@ def _add_hooks(mixture: Mixture) -> None:
     for stack, module in _stacks(model).items():
         mixture.hooks.append(module.register_forward_pre_hook(state.enter(stack), with_kwargs=True))
         if isinstance(mixture.config.router, ScalingsConfig):
-            before = TwoPass(state, model.molex["router"], [*mixture.layers])  # type: ignore[index, arg-type]
-            mixture.hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            decided = {name: layer for name, layer in mixture.layers.items() if layer.router is None}
+            mixture.hooks += TwoPass(state, model.molex["router"], decided).attach(module)  # type: ignore[index, arg-type]
     mixture.hooks.append(model.register_forward_hook(_Unseen(state)))
     mixers = {name.rpartition(".")[0] for name in mixture.layers if name.split(".")[-2:-1] == ["mixer"]}
     for name in sorted(mixers):
@@ -222,11 +222,12 @@ def _add_hooks(mixture: Mixture) -> None:
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose calls tell about tokens: an encoder and a decoder, or the backbone under the head."""
+    """The modules whose calls tell about tokens: an encoder and a decoder, or the stack of layers under the head."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return {"encoder": model.get_encoder(), "decoder": model.get_decoder()}  # type: ignore[operator]
-    backbone = getattr(model, "base_model", model)
-    return {"model": backbone if isinstance(backbone, nn.Module) else model}
+    if hasattr(model, "get_decoder"):  # OPT's head calls it past the backbone
+        return {"model": model.get_decoder()}  # type: ignore[operator]
+    return {"model": model}
 
 
 class _Unseen:

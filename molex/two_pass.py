@@ -1,42 +1,131 @@
 """Model scope: a first pass with the experts off, a head on its hidden states, then the model itself (X-LoRA).
 
-The first pass has a KV cache of its own, kept inside the caller's: its layers are appended to the cache's list of
-layers, so whatever reorders, crops or selects the cache (beams, assisted decoding) acts on both. A decoding step
-therefore costs two tokens of work, however long the prefix is.
+    h = base(tokens) after the final norm;   w = head(h);   y = model(tokens) with w[:, l] in layer l
+
+The first pass has a KV cache of its own, which travels inside the caller's: between two forwards its layers follow the
+caller's own in `cache.layers`, so whatever reorders, crops, repeats, selects, copies or resets the cache (beams,
+assisted decoding, a saved prefix) acts on both. During a forward the caller's cache holds its own layers alone, as the
+model expects. A decoding step therefore costs two tokens of work, however long the prefix is.
+
+The first pass runs without gradients and in the model's own mode: a base with dropout drops there too, as in PEFT.
 """
 
+from collections.abc import Mapping
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.cache_utils import Cache
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from molex.errors import StateError
+from molex.layer import MixtureLinear
 from molex.routers.scalings import ScalingsRouter
+from molex.routing import Routing
 from molex.state import MixtureState
 from molex.tokens import bound_arguments
 
+_FIRST = "molex_first_pass"  # the caller's cache keeps the first pass's under this name
+_UNREAD = ("output_hidden_states", "output_attentions", "output_router_logits")
+
 
 class TwoPass:
-    """A forward pre-hook on the model's stack of layers."""
+    """Hooks on the model's stack of layers: `before` runs the first pass and the head, `after` stows its cache."""
 
-    def __init__(self, state: MixtureState, router: ScalingsRouter, layer_names: list[str]):
-        self.state, self.layer_names = state, layer_names
-        self._router = (router,)
+    def __init__(self, state: MixtureState, router: ScalingsRouter, layers: Mapping[str, MixtureLinear]):
+        self.state, self.router, self.layers = state, router, dict(layers)
+        self._caller: Cache | None = None
+        self._first: Cache | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def attach(self, stack: nn.Module) -> list[RemovableHandle]:
+        """Registers both hooks."""
+        return [
+            stack.register_forward_pre_hook(self.before, with_kwargs=True),
+            stack.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def before(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decides every layer's routing. Raises StateError on a cache that the first pass cannot share."""
         if not self.state.enabled:
             return
-        arguments = bound_arguments(module, args, kwargs)
-        arguments["past_key_values"] = self._first_cache(arguments.get("past_key_values"), module)
-        arguments["use_cache"] = arguments["past_key_values"] is not None
+        given = bound_arguments(stack, args, kwargs)
+        arguments = {name: value for name, value in given.items() if name not in _UNREAD}
+        slot = _cache_slot(arguments)
+        if slot is not None:
+            self._caller = arguments[slot]
+            self._first = arguments[slot] = _take_first(arguments[slot])
+        hidden = self._first_pass(stack, arguments)
+        hidden_TD = hidden.reshape(-1, hidden.shape[-1]).to(next(self.router.parameters()).device)
+        routings = zip(self.layers.items(), self.router.decide(hidden_TD), strict=True)
+        self.state.assigned = {name: _beside(layer, routing) for (name, layer), routing in routings}
+
+    def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Puts the first pass's layers into the cache the caller gets back; also where the forward failed."""
+        caller, first, self._caller, self._first = self._caller, self._first, None, None
+        caller = _cache_among(output) if caller is None else caller
+        if caller is not None and first is not None:
+            caller.layers.extend(first.layers)
+            setattr(caller, _FIRST, first)
+
+    def _first_pass(self, stack: nn.Module, arguments: dict[str, Any]) -> Tensor:
+        """Last hidden states (B, S, D) of the base. `forward` itself: the stack's hooks belong to the second pass."""
         self.state.enabled = False
         try:
             with torch.no_grad():
-                hidden = module(**arguments).last_hidden_state
+                output = stack.forward(**arguments)
         finally:
             self.state.enabled = True
-        routings = self._router[0].decide(hidden.reshape(-1, hidden.shape[-1]))
-        self.state.assigned = dict(zip(self.layer_names, routings, strict=True))
+            torch.clear_autocast_cache()  # weights cast here have no gradient to give to the second pass
+        if self._caller is None:
+            self._first = _cache_among(output)
+        return output[0]
 
-    def _first_cache(self, cache: Cache | None, module: nn.Module) -> Cache | None:
-        return None
+
+def _cache_slot(arguments: dict[str, Any]) -> str | None:
+    """The name under which the caller passes a cache, if it does."""
+    if arguments.get("cache") is not None:
+        raise StateError("xlora's first pass has no room in a paged cache: use generate() instead of generate_batch()")
+    names = [name for name, value in arguments.items() if isinstance(value, Cache)]
+    if names and isinstance(arguments[names[0]], EncoderDecoderCache):
+        raise StateError("xlora takes the cache of a decoder, got an EncoderDecoderCache")
+    return names[0] if names else None
+
+
+def _cache_among(output: Any) -> Cache | None:
+    """The cache a forward returns, in a tuple or a ModelOutput."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def _take_first(cache: Cache) -> Cache:
+    """Takes the first pass's cache out of the caller's; an empty one gets a twin.
+
+    Raises StateError where the two have not seen the same tokens.
+    """
+    first: Cache | None = getattr(cache, _FIRST, None)
+    if _num_seen(cache) != (0 if first is None else _num_seen(first)):
+        raise StateError(
+            f"this cache holds {_num_seen(cache)} tokens that xlora's first pass has not all seen (they were computed "
+            "by the base, by a disabled mixture, or in another call); start from an empty cache"
+        )
+    if first is None:
+        first = copy(cache)
+        first.layers = deepcopy(cache.layers)
+        return first
+    del cache.layers[len(cache.layers) - len(first.layers) :]
+    return first
+
+
+def _num_seen(cache: Cache) -> int:
+    """How many tokens a cache holds; of a recurrent state, which cannot tell, whether it holds any."""
+    if cache.layers and all(cache.is_linear):
+        return int(cache.has_previous_state())
+    return int(cache.get_seq_length())
+
+
+def _beside(layer: MixtureLinear, routing: Routing) -> Routing:
+    """The routing on the layer's device."""
+    device = layer.experts.scale.device
+    logits = None if routing.logits is None else routing.logits.to(device)
+    return Routing(routing.expert_ids.to(device), routing.weights.to(device), logits, routing.num_experts)
