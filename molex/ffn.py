@@ -11,6 +11,7 @@ linear (down, fc2) sums them and runs the base once. (MixLoRA, arXiv 2404.15159.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from molex.errors import StateError, TargetError
@@ -55,7 +56,7 @@ class WidenLinear(MixtureLinear):
         """Routes a block's input once: the same tensor asks again, another tensor is another call."""
         leader = self.leader
         known = self.state.pending.get(leader.name)
-        if known is not None and known[0] is x:
+        if known is not None and _same(known[0], x):
             return known[1]
         routing = MixtureLinear.route(leader, x, None)
         self.state.pending[leader.name] = (x, routing)
@@ -93,13 +94,20 @@ class NarrowLinear(MixtureLinear):
         return routing
 
 
+def _same(known: Tensor, x: Tensor) -> bool:
+    """Whether both are one tensor, or views of the same memory: ZeRO-3 hands each module a view of its own."""
+    if known is x or torch.compiler.is_compiling():
+        return known is x
+    return known.data_ptr() == x.data_ptr() and known.shape == x.shape and known.stride() == x.stride()
+
+
 def find_ffn(block: str, linears: Sequence[tuple[str, nn.Module]]) -> FFN:
     """Tells a block's widening linears from its narrowing one by their shapes.
 
     Raises TargetError where they are not one or two ways in (or one fused) and exactly one way out.
     """
     shapes = {name: features(module) for name, module in linears}
-    for narrow, shape in shapes.items():
+    for narrow, shape in reversed(shapes.items()):  # of two linears D -> I and I -> D, the later one narrows
         if shape is None:
             continue
         inner, outer = shape
@@ -107,7 +115,7 @@ def find_ffn(block: str, linears: Sequence[tuple[str, nn.Module]]) -> FFN:
         widths = [shapes[name] for name in widen]
         plain = all(width == (outer, inner) for width in widths) and len(widen) in (1, 2)
         fused = widths == [(outer, 2 * inner)]
-        if (plain or fused) and not (inner == outer and narrow != linears[-1][0]):
+        if plain or fused:
             return FFN(widen, narrow)
     listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     raise TargetError(

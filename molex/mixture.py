@@ -19,6 +19,7 @@ from molex.errors import ConfigError, StateError, TargetError
 from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
 from molex.losses import Decision
+from molex.sharding import num_elements, whole
 from molex.state import MixtureState
 from molex.stats import LayerStats, layer_stats, loads_of_all_ranks
 
@@ -63,11 +64,11 @@ class Mixture:
     def num_parameters(self) -> dict[str, int]:
         """Counts: stored (experts and routers), trainable, and base."""
         owned = [p for name, p in self.model.named_parameters() if self.owns(name)]
-        total = sum(p.numel() for p in self.model.parameters())
-        stored = sum(p.numel() for p in owned)
+        total = sum(num_elements(p) for p in self.model.parameters())
+        stored = sum(num_elements(p) for p in owned)
         return {
             "stored": stored,
-            "trainable": sum(p.numel() for p in self.trainable_parameters()),
+            "trainable": sum(num_elements(p) for p in self.trainable_parameters()),
             "base": total - stored,
         }
 
@@ -81,10 +82,14 @@ class Mixture:
         return bool(rest) and layer in self.layers
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the mixture adds to the base and what it trains whole, under the model's own names."""
-        whole = tuple(f"{name}." for name in self.also_trained)
-        named = self.model.state_dict()
-        return {name: t for name, t in named.items() if self.owns(name) or (whole and name.startswith(whole))}
+        """What the mixture adds to the base and what it trains whole, under the model's own names.
+
+        Where the model is sharded over ranks this gathers: every rank must call, and every rank gets all of it.
+        """
+        trained_whole = tuple(f"{name}." for name in self.also_trained)
+        named = self.model.state_dict(keep_vars=True)
+        kept = {name: t for name, t in named.items() if self.owns(name) or name.startswith(trained_whole)}
+        return whole(kept)
 
     def aux_loss(self) -> Tensor:
         """The sum of the method's losses over the last forward. Raises StateError where nothing was recorded."""

@@ -1,0 +1,42 @@
+"""Whole tensors and true sizes, where sharded training leaves a rank only its part of a parameter.
+
+ZeRO-3 leaves an empty tensor between uses and remembers the rest in attributes; FSDP2 leaves a DTensor. Gathering is a
+collective: every rank must call, with the same parameters in the same order. On whole parameters nothing happens.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+
+from torch import Tensor
+
+
+def num_elements(parameter: Tensor) -> int:
+    """How many numbers the whole parameter has, however little of it is on this rank."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 has partitioned are whole, to be read."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    with import_module("deepspeed").zero.GatheredParameters(partitioned):
+        yield
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without gradients: themselves where they are whole, gathered copies where they are sharded."""
+    return {name: _whole(tensor) for name, tensor in tensors.items()}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    full_tensor = getattr(tensor.detach(), "full_tensor", None)  # DTensor's own; importing the class takes a second
+    if full_tensor is not None:
+        return full_tensor()
+    if not hasattr(tensor, "ds_id"):
+        return tensor.detach()
+    with gathered([tensor]):
+        return tensor.detach().clone()
