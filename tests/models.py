@@ -70,6 +70,8 @@ WITH_FFN = tuple(name for name in ARCHITECTURES if name not in STATE_SPACE)
 def tiny(model_type: str, **overrides: Any) -> PreTrainedModel:
     """A tiny random model of one of ARCHITECTURES. Its weights do not depend on the global seed, nor change it."""
     kind, fields = ARCHITECTURES[model_type]
+    if kind == "t5":
+        overrides.setdefault("num_decoder_layers", overrides.get("num_hidden_layers", 2))
     config = AutoConfig.for_model(kind, **{**fields, **overrides})
     with torch.random.fork_rng():
         torch.manual_seed(0)
