@@ -94,11 +94,11 @@ class Mixture:
     def aux_loss(self) -> Tensor:
         """The sum of the method's losses over the last forward. Raises StateError where nothing was recorded."""
         trace = self.state.trace
-        if not self.config.losses:
-            return torch.zeros((), device=next(self.model.parameters()).device)
-        if not trace:
+        if self.config.losses and not trace:
             raise StateError("no routing is recorded: run a forward with gradients on (or in evaluation mode) first")
         scored = {name: d for name, d in trace.items() if d.routing.num_experts > 1}
+        if not self.config.losses or not scored:
+            return torch.zeros((), device=next(self.model.parameters()).device)
         return torch.stack([loss(scored) for loss in self.config.losses]).sum()
 
     def step(self) -> None:
