@@ -5,19 +5,19 @@ of one micro-batch (a differentiable all-reduce), so data parallelism does not c
 does slightly, since each micro-batch has its own means.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_functional
 import torch.nn.functional as F
 from torch import Tensor
 
-from molex.errors import ConfigError, StateError
+from molex.errors import ConfigError, StateError, check_choice
 from molex.registry import Registry
 from molex.routing import RouteContext, Routing
 
@@ -70,6 +70,10 @@ class LoadBalance(Loss):
     balance_over: Literal["model", "block"] = "model"
     balance_counts: Literal["slots", "shares", "weights"] = "slots"
 
+    def __post_init__(self) -> None:
+        check_choice("balance_over", self.balance_over, ("model", "block"))
+        check_choice("balance_counts", self.balance_counts, ("slots", "shares", "weights"))
+
     def __call__(self, trace: Trace) -> Tensor:
         if self.balance_over == "block":
             terms = [self._one(group) for group in _by_block(trace)]
@@ -77,7 +81,7 @@ class LoadBalance(Loss):
             groups = _by_num_experts(trace)
             total = sum(len(group) for group in groups)
             terms = [self._one(group) * (len(group) / total) for group in groups]
-        return self.balance_coefficient * torch.stack(terms).sum()
+        return self.balance_coefficient * add_up(terms)
 
     def _one(self, group: list[Decision]) -> Tensor:
         num_experts = group[0].routing.num_experts
@@ -126,7 +130,7 @@ class LocalizedBalance(Loss):
     squared_mean: bool = True
 
     def __call__(self, trace: Trace) -> Tensor:
-        return self.localized_coefficient * torch.stack([self._one(d) for d in trace.values()]).sum()
+        return self.localized_coefficient * add_up([self._one(d) for d in trace.values()])
 
     def _one(self, decision: Decision) -> Tensor:
         routing, ctx = decision
@@ -134,22 +138,26 @@ class LocalizedBalance(Loss):
             raise StateError("localized balancing needs task types (0 or 1); call mixture.set_tasks(ids)")
         if routing.num_experts % 2:
             raise ConfigError(f"localized balancing halves the experts; num_experts={routing.num_experts} is odd")
+        if bool(((ctx.task_ids < 0) | (ctx.task_ids > 1)).any()):
+            raise ConfigError("localized balancing knows task types 0 and 1; map your tasks to those two")
         mask_T = decision.mask()
-        sequence_T = ctx.segment_ids if ctx.segment_ids is not None else _row_of_token(ctx, mask_T.device)
-        num_sequences = ctx.shape[0] if ctx.segment_ids is None else int(sequence_T.max()) + 1
-        gates_TE = routing.gates() * mask_T[:, None]
-        mass_BE = gates_TE.new_zeros(num_sequences, routing.num_experts).index_add(0, sequence_T, gates_TE)
-        real_B = mask_T.new_zeros(num_sequences).index_add(0, sequence_T, mask_T) > 0
-        type_B = mask_T.new_zeros(num_sequences).index_add(0, sequence_T, ctx.task_ids * mask_T) > 0
+        sequence_T = ctx.sequence_of_token(mask_T.device)
+        num_sequences = ctx.shape[0] if ctx.segment_ids is None else len(mask_T)
+        parts_TF = torch.cat([routing.gates(), ctx.task_ids[:, None], torch.ones_like(mask_T)[:, None]], dim=1)
+        sums_BF = parts_TF.new_zeros(num_sequences, parts_TF.shape[1]).index_add(
+            0, sequence_T, parts_TF * mask_T[:, None]
+        )
+        mass_BE, type_B, real_B = sums_BF[:, :-2].double(), sums_BF[:, -2] > 0, sums_BF[:, -1] > 0
         first_half_E = torch.arange(routing.num_experts, device=mask_T.device) < routing.num_experts // 2
-        importance_BE = torch.where(type_B[:, None] == first_half_E, 1 + self.delta, 1 - self.delta)
-        return self._spread((mass_BE * importance_BE)[real_B].double()).to(mass_BE.dtype)
+        matches_BE = (type_B[:, None] == first_half_E).double()
+        importance_BE = 1 - self.delta + 2 * self.delta * matches_BE
+        return self._spread((mass_BE * importance_BE)[real_B]).to(mask_T.dtype)
 
     def _spread(self, z: Tensor) -> Tensor:
         """Unbiased variance over (squared) mean, from moments that add up over ranks."""
         count, total, squares = all_ranks(torch.stack([z.new_tensor(z.numel()), z.sum(), z.square().sum()]))
-        mean = total / count
-        variance = (squares - count * mean**2) / (count - 1)
+        mean = total / count.clamp(min=1)
+        variance = (squares - count * mean**2) / (count - 1).clamp(min=1)
         return variance / (mean**2 + 1e-10 if self.squared_mean else mean + 1e-10)
 
 
@@ -197,11 +205,14 @@ class SpecialisationBalance(Loss):
     entropy_weight: float = 0.1
     entropy_sign: Literal["paper", "specialise"] = "paper"
 
+    def __post_init__(self) -> None:
+        check_choice("entropy_sign", self.entropy_sign, ("paper", "specialise"))
+
     def __call__(self, trace: Trace) -> Tensor:
         terms = [self._one(d) for d in trace.values() if d.routing.logits is not None]
         if not terms:
             return next(iter(trace.values())).routing.weights.new_zeros(())
-        return self.specialisation_coefficient * torch.stack(terms).mean()
+        return self.specialisation_coefficient * add_up(terms) / len(terms)
 
     def _one(self, decision: Decision) -> Tensor:
         log_p_TE = decision.scored().log_softmax(-1)
@@ -224,23 +235,44 @@ def normalised_entropy(probs: Tensor, q: float, eps: float = 1e-5) -> Tensor:
         return torch.zeros_like(probs[..., 0])
     shifted = probs + eps
     if q == 1:
-        return -(shifted * shifted.log()).sum(-1) / torch.tensor(float(num_experts)).log().to(probs)
+        return -(shifted * shifted.log()).sum(-1) / math.log(num_experts)
     return (1 - shifted.pow(q).sum(-1)) / (1 - num_experts ** (1 - q))
 
 
 def masked_mean(rows: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Mean of values (T_i, F) under masks (T_i,), over all parts and all ranks -> (F,); 0 where nothing is real."""
-    sums_F = torch.stack([(values * mask[:, None]).sum(0) for values, mask in rows]).sum(0)
-    count = torch.stack([mask.sum() for _, mask in rows]).sum().to(sums_F.dtype)
+    sums_F = add_up([(values * mask[:, None]).sum(0) for values, mask in rows])
+    count = add_up([mask.sum() for _, mask in rows]).to(sums_F.dtype)
     both = all_ranks(torch.cat([sums_F, count[None]]))
     return both[:-1] / both[-1].clamp(min=1)
+
+
+def add_up(terms: list[Tensor]) -> Tensor:
+    """The sum of equally shaped terms, which may lie on different devices; on the first one's."""
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
 
 
 def all_ranks(value: Tensor) -> Tensor:
     """Sum over ranks, with gradient."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return dist_functional.all_reduce(value)
+        return _SumOverRanks.apply(value)  # type: ignore[return-value]
     return value
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank's result is the sum, so every rank's gradient flows back to each rank's summand."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total
 
 
 def block_of(name: str) -> str:
@@ -261,7 +293,3 @@ def _by_num_experts(trace: Trace) -> list[list[Decision]]:
     for decision in trace.values():
         groups[decision.routing.num_experts].append(decision)
     return list(groups.values())
-
-
-def _row_of_token(ctx: RouteContext, device: torch.device) -> Tensor:
-    return torch.arange(ctx.shape[0], device=device).repeat_interleave(ctx.shape[1])
