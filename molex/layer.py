@@ -63,7 +63,9 @@ class MixtureLinear(nn.Module):
     def route(self, x: Tensor, activations: Tensor | None) -> Routing:
         """Decides for x (..., D) and records the decision. activations (T, C): A x, for routers that read it."""
         context = self.state.context(self.name, self.stack, x, self.training)
-        routing = self.state.requested(context, self.experts.num_experts, x)
+        num_experts = self.experts.num_experts
+        num_heads = 1 if self.router is None else self.router.num_experts // num_experts
+        routing = self.state.requested(context, num_experts, num_heads, x)
         if routing is None:
             routing = self.decide(x, dataclasses.replace(context, activations=activations))
         self.state.record(routing, context)
@@ -88,12 +90,3 @@ class MixtureLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.experts.num_experts} experts"
-
-
-def features(base: nn.Module) -> tuple[int, int] | None:
-    """(in, out) of anything that acts as a linear; None for other modules."""
-    if isinstance(getattr(base, "in_features", None), int) and isinstance(getattr(base, "out_features", None), int):
-        return base.in_features, base.out_features  # type: ignore[return-value]
-    if type(base).__name__ == "Conv1D" and isinstance(base.weight, torch.Tensor):
-        return base.weight.shape[0], base.weight.shape[1]
-    return None

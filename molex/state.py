@@ -6,18 +6,17 @@ is global, so checkpointing, copies of the model and interleaved models cannot d
 """
 
 import dataclasses
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from molex.errors import StateError
 from molex.kernels import Planner
 from molex.losses import Decision
 from molex.routing import RouteContext, Routing
-from molex.tokens import bound_arguments, read_encoder, read_tokens, spread_tasks
+from molex.tokens import read_encoder, read_tokens, spread_tasks
 
 
 class MixtureState:
@@ -34,7 +33,8 @@ class MixtureState:
         self.pending: dict[str, tuple[Tensor, Routing]] = {}  # a feed-forward block's input and its routing
         self.steps: list[dict[str, Decision]] | None = None
         self.unseen = set(layer_names)
-        self._graded: set[str] = set()
+        self._traced: set[str] = set()  # the stacks whose layers the trace holds
+        self._graded: set[str] = set()  # the layers that ran with gradients
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MixtureState":
         """A copy without the tensors of the last forward, which autograd would refuse to copy."""
@@ -44,48 +44,78 @@ class MixtureState:
         memo[id(self)] = twin
         return twin
 
-    def enter(self, stack: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        """The forward pre-hook of a stack of layers."""
-        return _Entrance(self, stack)
-
-    def begin(self, stack: str, module: nn.Module, arguments: dict[str, Any]) -> None:
-        """A stack's forward starts: read its tokens, forget the last forward's routing."""
-        context = read_tokens(arguments)
+    def begin(self, stack: str, training: bool, arguments: dict[str, Any]) -> None:
+        """A stack's forward starts: read its tokens, forget the last forward's routing. The base alone, with the
+        mixture disabled, changes nothing."""
+        if not self.enabled:
+            return
+        self.pending.clear()
         self.stacks.pop(stack, None)
+        context = read_tokens(arguments)
         if context is not None:
             self.stacks[stack] = context
         encoder = read_encoder(arguments) if stack == "decoder" else None
         if encoder is not None:
             self.stacks["encoder"] = encoder
-        if stack != "decoder" and (torch.is_grad_enabled() or not module.training):
-            self.trace = {}
-            if torch.is_grad_enabled():
-                self._graded.clear()
-            if self.steps is not None:
-                self.steps.append(self.trace)
+        if torch.is_grad_enabled() or not training:
+            self._open_trace(stack)
+
+    def _open_trace(self, stack: str) -> None:
+        """A new trace; a decoder right after its encoder belongs to the same forward."""
+        if stack == "decoder" and self._traced == {"encoder"}:
+            self._traced.add(stack)
+            return
+        self.trace, self._traced = {}, {stack}
+        if torch.is_grad_enabled():
+            self._graded.clear()
+        if self.steps is not None:
+            self.steps.append(self.trace)
 
     def context(self, layer: str, stack: str, x: Tensor, training: bool) -> RouteContext:
-        """What the router of a layer may know about its input x (..., D)."""
+        """What the router of a layer may know about its input x (..., D). Recomputation sees what forward saw.
+
+        Raises StateError where the layer's tokens are not those of the model's call.
+        """
         num_tokens = x.shape[:-1].numel()
-        context = self.stacks.get(stack)
-        if context is None:
-            context = RouteContext((x.shape[0], num_tokens // max(x.shape[0], 1)))
+        if _recomputes() and layer in self.trace:
+            context = self.trace[layer].context
+        else:
+            context = self._current(layer, stack, x, training)
         if context.shape[0] * context.shape[1] != num_tokens:
             raise StateError(f"{layer} received {num_tokens} tokens, the model's call has {context.shape}")
-        tasks = None if self.tasks is None else spread_tasks(self.tasks.to(x.device), context)
-        return dataclasses.replace(context, layer=layer, training=training, task_ids=tasks)
+        return context
 
-    def requested(self, context: RouteContext, num_experts: int, x: Tensor) -> Routing | None:
-        """The routing a caller asked for, if any: one named expert at weight 1 for each sequence."""
+    def _current(self, layer: str, stack: str, x: Tensor, training: bool) -> RouteContext:
+        context = self.stacks.get(stack)
+        if context is None:
+            context = RouteContext((x.shape[0], x.shape[:-1].numel() // max(x.shape[0], 1)))
+        tasks = None if self.tasks is None else spread_tasks(self.tasks, context)
+        return dataclasses.replace(
+            context,
+            layer=layer,
+            training=training,
+            token_mask=_beside(context.token_mask, x),
+            segment_ids=_beside(context.segment_ids, x),
+            task_ids=_beside(tasks, x),
+        )
+
+    def requested(self, context: RouteContext, num_experts: int, num_heads: int, x: Tensor) -> Routing | None:
+        """The routing a caller asked for, if any: one expert at weight 1 for each sequence, alike in every head.
+
+        A layer of one expert has it at work for whoever asks for any.
+        """
         if self.request is None:
             return None
-        ids_T = spread_tasks(self.request.to(x.device), dataclasses.replace(context, token_mask=None))
-        weights_T = (ids_T >= 0).to(torch.promote_types(x.dtype, torch.float32))
-        return Routing(ids_T[:, None], weights_T[:, None], None, num_experts)
+        ids_T = spread_tasks(self.request, dataclasses.replace(context, token_mask=None)).to(x.device)
+        ids_T = ids_T.clamp(max=0) if num_experts == 1 else ids_T
+        ids_TK = ids_T[:, None] + num_experts * torch.arange(num_heads, device=x.device)
+        ids_TK = ids_TK.where(ids_T[:, None] >= 0, -1)
+        weights_TK = (ids_TK >= 0).to(torch.promote_types(x.dtype, torch.float32))
+        return Routing(ids_TK, weights_TK, None, num_experts * num_heads)
 
     def record(self, routing: Routing, context: RouteContext) -> None:
         """Keeps a layer's decision; a no_grad forward in training mode and recomputation leave no trace."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if _recomputes():
             self._check_recomputation(context.layer)
             return
         if torch.is_grad_enabled():
@@ -101,11 +131,11 @@ class MixtureState:
             )
 
 
-class _Entrance:
-    """A hook as an object, so that a deep copy of the model calls the copy's state."""
+def _recomputes() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
-    def __init__(self, state: MixtureState, stack: str):
-        self.state, self.stack = state, stack
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.state.begin(self.stack, module, bound_arguments(module, args, kwargs))
+def _beside(per_token: Tensor | None, x: Tensor) -> Tensor | None:
+    """On the layer's device, where a model is spread over several."""
+    return None if per_token is None else per_token.to(x.device)

@@ -4,10 +4,14 @@ Everything is checked and built before the model is touched, so a refused conver
 objects themselves stay, wrapped; the base is frozen; hooks tell the mixture's state about each forward.
 """
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
+from transformers import PreTrainedConfig
 
 from molex.allocation import allocate
+from molex.bases import execution_device, features, master_dtype
 from molex.config import MixtureConfig
 from molex.errors import ConfigError, StateError, TargetError
 from molex.experts import ExpertBank, LayerShape
@@ -15,15 +19,17 @@ from molex.experts.dora import DoRAConfig
 from molex.experts.lora import LoRABank, LoRAConfig
 from molex.experts.shards import ShardBank, ShardPool, ShardsConfig
 from molex.ffn import FFN, NarrowLinear, WidenLinear, find_ffn
+from molex.hooks import leave_fused_paths, watch_calls
 from molex.kernels import Planner
-from molex.layer import MixtureLinear, features
+from molex.layer import MixtureLinear
 from molex.losses import block_of
 from molex.mixture import Mixture
 from molex.routers import Router
 from molex.routers.constant import ConstantRouter
 from molex.routers.scalings import ScalingsConfig, ScalingsRouter
+from molex.stacks import find_stacks, stack_of
 from molex.state import MixtureState
-from molex.targets import by_block, find_modules, find_targets, stack_of
+from molex.targets import by_block, find_modules, find_targets
 from molex.two_pass import TwoPass
 
 
@@ -33,22 +39,24 @@ def convert(model: nn.Module, config: MixtureConfig) -> Mixture:
     Raises StateError on a second conversion, TargetError where a pattern or an architecture does not fit,
     ConfigError on settings that contradict each other. The base's parameters are frozen.
     """
-    if hasattr(model, "molex_mixture"):
+    if any(isinstance(module, MixtureLinear) for module in model.modules()):
         raise StateError("this model is a mixture already; mixture.revert() gives the base back")
     builder = _Builder(model, config)
     layers = builder.build()
-    also_trained = find_modules(model, config.also_train)
-    mixture = Mixture(model, config, layers, also_trained, builder.state)
+    mixture = Mixture(model, config, layers, builder.also_trained, builder.state)
     mixture.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    for name in also_trained:
+    for name in builder.also_trained:
         model.get_submodule(name).requires_grad_(True)
     if builder.shared:
         model.add_module("molex", builder.shared.train(model.training))
-    _add_hooks(mixture)
+    mixture.hooks = watch_calls(model, builder.stacks, builder.state) + leave_fused_paths(model, layers)
+    if isinstance(config.router, ScalingsConfig):
+        decided = {name: layer for name, layer in layers.items() if layer.router is None}
+        mixture.hooks += TwoPass(builder.state, builder.head, decided).attach(builder.stacks[0].module)
     model.molex_mixture = mixture  # type: ignore[assignment]
     return mixture
 
@@ -60,16 +68,25 @@ class _Builder:
         self.model, self.config = model, config
         self.routed = find_targets(model, config.targets)
         self.plain = find_targets(model, config.plain_targets) if config.plain_targets else {}
-        both = sorted(set(self.routed) & set(self.plain))
-        if both:
-            raise TargetError(f"{both[0]} is both in targets and in plain_targets; leave it in one")
         if not self.routed:
             raise TargetError("targets is empty: nothing to convert")
+        self.also_trained = find_modules(model, config.also_train)
+        self._check_overlaps()
+        self.stacks = find_stacks(model)
         blocks = list(by_block([*self.routed]))
         counts = allocate(len(blocks), config.num_experts, config.allocation)
         self.num_experts = dict(zip(blocks, counts, strict=True))
         self.state = MixtureState(Planner(config.backend), [*self.routed, *self.plain])
         self.shared = nn.ModuleDict()
+
+    def _check_overlaps(self) -> None:
+        both = sorted(set(self.routed) & set(self.plain))
+        if both:
+            raise TargetError(f"{both[0]} is both in targets and in plain_targets; leave it in one")
+        for whole in self.also_trained:
+            inside = [name for name in (*self.routed, *self.plain) if f"{name}.".startswith(f"{whole}.")]
+            if inside:
+                raise TargetError(f"also_train names {whole}, which holds the target {inside[0]}; leave it in one")
 
     def build(self) -> dict[str, MixtureLinear]:
         """All layers, in the model's order."""
@@ -81,18 +98,19 @@ class _Builder:
         if isinstance(self.config.experts, ShardsConfig):
             self._make_pools(ordered, self.config.experts)
         if isinstance(self.config.router, ScalingsConfig):
-            self.shared["router"] = self._make_head(self.config.router)
+            self.shared["router"] = self.head = self._make_head(self.config.router)
         return ordered
 
     def _linear_layers(self) -> dict[str, MixtureLinear]:
         layers = {}
         for name, base in self.routed.items():
-            shape = self._shape(name, base, self.num_experts[block_of(name)])
-            bank = self._bank(shape)
-            router = self._router(shape)
+            with _naming(name):
+                shape = self._shape(name, base, self.num_experts[block_of(name)])
+                bank = self._bank(shape)
+                router = self._router(shape)
             if isinstance(bank, LoRABank) and router is not None:
                 bank.activation_routed = router.needs_activations
-            layers[name] = MixtureLinear(name, stack_of(self.model, name), base, bank, router, self.state)
+            layers[name] = MixtureLinear(name, stack_of(self.stacks, name), base, bank, router, self.state)
         return layers
 
     def _ffn_layers(self) -> dict[str, MixtureLinear]:
@@ -103,7 +121,8 @@ class _Builder:
         layers: dict[str, MixtureLinear] = {}
         for block, names in by_block([*self.routed]).items():
             ffn = find_ffn(block, [(name, self.routed[name]) for name in names])
-            layers.update(self._one_ffn(ffn, self.num_experts[block]))
+            with _naming(block):
+                layers.update(self._one_ffn(ffn, self.num_experts[block]))
         return layers
 
     def _one_ffn(self, ffn: FFN, num_experts: int) -> dict[str, MixtureLinear]:
@@ -114,7 +133,7 @@ class _Builder:
             router = self._router(shape) if leader is None else None
             if router is not None and router.needs_activations:
                 raise ConfigError("a router that reads A x decides for one linear; use scope='linear'")
-            stack = stack_of(self.model, name)
+            stack = stack_of(self.stacks, name)
             layer = WidenLinear(name, stack, shape.base, self._bank(shape), router, self.state, leader)
             leader = leader or layer
             layers[name] = layer
@@ -127,7 +146,7 @@ class _Builder:
     def _plain_layer(self, name: str, base: nn.Module) -> MixtureLinear:
         shape = self._shape(name, base, 1)
         kind = self.config.experts if isinstance(self.config.experts, LoRAConfig | DoRAConfig) else LoRAConfig()
-        return MixtureLinear(name, stack_of(self.model, name), base, kind.build(shape), ConstantRouter(1), self.state)
+        return MixtureLinear(name, stack_of(self.stacks, name), base, kind.build(shape), ConstantRouter(1), self.state)
 
     def _bank(self, shape: LayerShape) -> ExpertBank:
         bank = self.config.experts.build(shape)
@@ -151,14 +170,15 @@ class _Builder:
             ranks=self.config.ranks(num_experts),
             scales=self.config.scales(num_experts),
             dropout=self.config.dropout,
-            device=_execution_device(base),
-            dtype=_master_dtype(base),
+            device=execution_device(base),
+            dtype=master_dtype(base),
         )
 
     def _make_pools(self, layers: dict[str, MixtureLinear], config: ShardsConfig) -> None:
         """One pool for each module type: the layers whose names end alike and whose shapes agree."""
         types: dict[str, list[MixtureLinear]] = {}
-        for name, layer in layers.items():
+        for name in self.routed:
+            layer = layers[name]
             kind = f"{name.split('.')[-1]}_{layer.in_features}_{layer.out_features}"
             types.setdefault(kind, []).append(layer)
         pools = nn.ModuleDict()
@@ -171,7 +191,7 @@ class _Builder:
         self.shared["pools"] = pools
 
     def _check_model_scope(self) -> None:
-        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+        if len(self.stacks) > 1:
             raise TargetError(
                 "xlora reads the model's own last hidden states first: encoder-decoders are not supported"
             )
@@ -179,78 +199,18 @@ class _Builder:
             raise ConfigError("a model-scope router needs the same number of experts in every layer")
 
     def _make_head(self, config: ScalingsConfig) -> ScalingsRouter:
-        hidden_size = getattr(getattr(self.model, "config", None), "hidden_size", None)
-        if hidden_size is None:
+        model_config = getattr(self.model, "config", None)
+        if not isinstance(model_config, PreTrainedConfig):
             raise TargetError("xlora needs a transformers model: its config names the hidden size the head reads")
         num_experts = next(iter(self.num_experts.values()))
-        device = next(self.model.parameters()).device
-        return config.build_head(hidden_size, num_experts, len(self.routed)).to(device)
+        head = config.build_head(model_config.get_text_config().hidden_size, num_experts, len(self.routed))
+        return head.to(execution_device(next(iter(self.routed.values()))))
 
 
-def _master_dtype(base: nn.Module) -> torch.dtype:
-    """float32 over 16-bit and quantised bases; a wider base's own."""
-    weight = getattr(base, "weight", None)
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        return torch.float32
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _execution_device(base: nn.Module) -> torch.device:
-    """Where the base computes: for offloaded modules, whose weights are elsewhere, accelerate's hook knows."""
-    hook = getattr(base, "_hf_hook", None)
-    for candidate in (hook, *getattr(hook, "hooks", ())):
-        device = getattr(candidate, "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    weight = getattr(base, "weight", None)
-    return weight.device if isinstance(weight, torch.Tensor) else torch.device("cpu")
-
-
-def _add_hooks(mixture: Mixture) -> None:
-    model, state = mixture.model, mixture.state
-    for stack, module in _stacks(model).items():
-        mixture.hooks.append(module.register_forward_pre_hook(state.enter(stack), with_kwargs=True))
-        if isinstance(mixture.config.router, ScalingsConfig):
-            decided = {name: layer for name, layer in mixture.layers.items() if layer.router is None}
-            mixture.hooks += TwoPass(state, model.molex["router"], decided).attach(module)  # type: ignore[index, arg-type]
-    mixture.hooks.append(model.register_forward_hook(_Unseen(state)))
-    mixers = {name.rpartition(".")[0] for name in mixture.layers if name.split(".")[-2:-1] == ["mixer"]}
-    for name in sorted(mixers):
-        mixer = model.get_submodule(name)
-        mixture.hooks.append(mixer.register_forward_pre_hook(_leave_fused_path))
-        mixture.hooks.append(mixer.register_forward_hook(_restore_training, always_call=True))
-
-
-def _stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose calls tell about tokens: an encoder and a decoder, or the stack of layers under the head."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return {"encoder": model.get_encoder(), "decoder": model.get_decoder()}  # type: ignore[operator]
-    if hasattr(model, "get_decoder"):  # OPT's head calls it past the backbone
-        return {"model": model.get_decoder()}  # type: ignore[operator]
-    return {"model": model}
-
-
-class _Unseen:
-    """After the first forward, a converted layer that was never called is an error naming it."""
-
-    def __init__(self, state: MixtureState):
-        self.state = state
-
-    def __call__(self, module: nn.Module, args: object, output: object) -> None:
-        if not self.state.unseen or set(self.state.stacks) == {"decoder"}:
-            return
-        names = ", ".join(sorted(self.state.unseen)[:5])
-        raise TargetError(
-            f"{len(self.state.unseen)} converted layers were never called in this forward, so training them would do "
-            f"nothing: {names}. The model reads their weights directly; leave them out of targets"
-        )
-
-
-def _leave_fused_path(mixer: nn.Module, args: object) -> None:
-    """A Mamba mixer in training hands its linears' weights to one fused kernel, past their experts; it does so only
-    where its own flag says training (its linears keep theirs)."""
-    mixer.training = False
-
-
-def _restore_training(mixer: nn.Module, args: object, output: object) -> None:
-    mixer.training = mixer.conv1d.training  # type: ignore[union-attr, assignment]
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Settings that do not fit one layer: the error says which."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place or 'the model'}: {error}") from error

@@ -1,7 +1,7 @@
 """Which modules a configuration means: patterns and roles to module names, with every mismatch an error.
 
 Heads, Mamba's dt_proj and modules that are not linears are refused by name; a pattern that matches nothing is an error
-that lists the nearest names; converting the same module twice is an error too.
+that lists the nearest names.
 """
 
 from collections import defaultdict
@@ -9,24 +9,24 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from molex.architectures import ROLE_NAMES, ROLES, Roles, matches
+from molex.architectures import ROLE_NAMES, ROLES, matches
+from molex.bases import features
 from molex.errors import TargetError
-from molex.layer import features
 from molex.losses import block_of
+from molex.stacks import find_stacks
+
+Linears = dict[str, nn.Module]
 
 
-def find_targets(model: nn.Module, patterns: tuple[str, ...]) -> dict[str, nn.Module]:
+def find_targets(model: nn.Module, entries: tuple[str, ...]) -> Linears:
     """The linears that roles and patterns name, in the model's order. Raises TargetError as the module says."""
-    wanted = [pattern for entry in patterns for pattern in _spelled_out(model, entry)]
-    modules = dict(model.named_modules())
-    linears = {name: module for name, module in modules.items() if name and features(module)}
-    for pattern in wanted:
-        if not any(matches(name, pattern) for name in linears):
-            raise TargetError(_no_match(pattern, list(linears), list(modules)))
-    found = {name: m for name, m in linears.items() if any(matches(name, pattern) for pattern in wanted)}
-    for name in found:
-        _refuse(model, name)
-    return found
+    linears = {name: module for name, module in model.named_modules() if name and features(module)}
+    wanted: set[str] = set()
+    for entry in entries:
+        wanted |= _in_role(model, entry, linears) if entry in ROLE_NAMES else _matching(model, entry, linears)
+    for name in sorted(wanted):
+        _refuse(model, name, linears)
+    return {name: module for name, module in linears.items() if name in wanted}
 
 
 def find_modules(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
@@ -34,7 +34,7 @@ def find_modules(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            raise TargetError(_no_match(pattern, names, names))
+            raise TargetError(_no_match(pattern, names))
     return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
 
 
@@ -46,53 +46,66 @@ def by_block(names: list[str]) -> dict[str, list[str]]:
     return dict(blocks)
 
 
-def stack_of(model: nn.Module, name: str) -> str:
-    """Whose tokens a layer sees: "model", or in an encoder-decoder "encoder" or "decoder". Keys and values of
-    cross-attention see the encoder's."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return "model"
-    parts = name.split(".")
-    crosses = any(part in ("EncDecAttention", "encoder_attn", "crossattention") for part in parts)
-    if "decoder" in parts and not (crosses and parts[-1] in ("k", "v", "k_proj", "v_proj", "key", "value")):
-        return "decoder"
-    return "encoder"
+def _matching(model: nn.Module, pattern: str, linears: Linears) -> set[str]:
+    found = {name for name in linears if matches(name, pattern)}
+    if found:
+        return found
+    if any(matches(name, pattern) for name, _ in model.named_modules() if name):
+        raise TargetError(f"{pattern!r} matches modules, but none of them is a linear")
+    raise TargetError(_no_match(pattern, list(linears)))
 
 
-def _spelled_out(model: nn.Module, entry: str) -> tuple[str, ...]:
-    if entry not in ROLE_NAMES:
-        return (entry,)
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    roles = ROLES.get(model_type, Roles())
-    names = roles.attention + roles.ffn + roles.ssm if entry == "all" else getattr(roles, entry)
-    if not names and entry == "all":
-        names = tuple({f"*.{name.split('.')[-1]}" for name in _block_linears(model)})
-    if not names:
-        linears = sorted({name.split(".")[-1] for name in _block_linears(model)})
+def _in_role(model: nn.Module, role: str, linears: Linears) -> set[str]:
+    """A role's linears, among those that see the text; "all" of an unknown architecture goes by shape alone."""
+    stacks = find_stacks(model)
+    text = {name: module for name, module in linears.items() if any(stack.holds(name) for stack in stacks)}
+    kind = _model_type(model)
+    roles = ROLES.get(kind)
+    if roles is None and role == "all":
+        return _by_shape(model, text)
+    patterns = () if roles is None else sum(roles, ()) if role == "all" else getattr(roles, role)
+    if not patterns:
+        known = "molex does not know this architecture" if roles is None else "it has none"
+        ends = sorted({name.split(".")[-1] for name in _by_shape(model, text)})
         raise TargetError(
-            f"molex does not know the {entry!r} linears of {model_type}; give targets by name. "
-            f"Linears in its blocks: {', '.join(linears) or 'none'}"
+            f"no {role!r} linears in {kind}: {known}; give targets by name. Linears in its blocks: {', '.join(ends)}"
         )
-    return names
+    return set().union(*(_matching(model, pattern, text) for pattern in patterns))
 
 
-def _block_linears(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if block_of(name) and features(module)]
+def _model_type(model: nn.Module) -> str:
+    """The architecture's name; of a model of text and images, its text part's."""
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()  # type: ignore[union-attr]
+    return getattr(config, "model_type", type(model).__name__)
 
 
-def _refuse(model: nn.Module, name: str) -> None:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if (head is not None and model.get_submodule(name) is head) or not block_of(name):
-        raise TargetError(
-            f"{name} is a head or lies outside the model's blocks; it has no place in a mixture. "
+def _by_shape(model: nn.Module, linears: Linears) -> set[str]:
+    return {name for name in linears if _why_not(model, name, linears) is None}
+
+
+def _refuse(model: nn.Module, name: str, linears: Linears) -> None:
+    reason = _why_not(model, name, linears)
+    if reason is not None:
+        raise TargetError(f"{name} {reason}")
+
+
+def _why_not(model: nn.Module, name: str, linears: Linears) -> str | None:
+    """Why a linear has no place in a mixture; None where it has."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    outside = not block_of(name) and any(block_of(other) for other in linears)
+    if outside or linears[name] is head:
+        return (
+            "is a head or lies outside the model's blocks; it has no place in a mixture. "
             f"To train it whole, pass also_train=({name!r},)"
         )
     if name.split(".")[-1] == "dt_proj":
-        raise TargetError(f"{name}: Mamba reads dt_proj's weight directly, experts there would be skipped silently")
+        return "is read by Mamba as a weight, not called: experts there would be skipped silently"
+    return None
 
 
-def _no_match(pattern: str, linears: list[str], modules: list[str]) -> str:
-    if any(matches(name, pattern) for name in modules):
-        return f"{pattern!r} matches modules, but none of them is a linear"
-    ends = sorted({name.split(".")[-1] for name in linears})
+def _no_match(pattern: str, names: list[str]) -> str:
+    ends = sorted({name.split(".")[-1] for name in names})
     near = get_close_matches(pattern.split(".")[-1], ends, n=3) or ends[:12]
     return f"{pattern!r} matches no module of this model; near or known names: {', '.join(near)}"

@@ -27,7 +27,7 @@ def read_tokens(arguments: dict[str, Any]) -> RouteContext | None:
     num_rows, length = tokens.shape[:2]
     mask = arguments.get("attention_mask")
     positions = arguments.get("position_ids")
-    token_mask = _last_columns(mask, length)
+    token_mask = _last_columns(mask, num_rows, length)
     packed = mask is None and getattr(positions, "shape", None) == (num_rows, length)
     return RouteContext(
         shape=(num_rows, length),
@@ -42,7 +42,8 @@ def read_encoder(arguments: dict[str, Any]) -> RouteContext | None:
     if not isinstance(states, Tensor):
         return None
     num_rows, length = states.shape[:2]
-    return RouteContext((num_rows, length), _last_columns(arguments.get("encoder_attention_mask"), length))
+    mask = arguments.get("encoder_attention_mask")
+    return RouteContext((num_rows, length), _last_columns(mask, num_rows, length))
 
 
 def spread_tasks(tasks: Tensor, context: RouteContext) -> Tensor:
@@ -65,9 +66,12 @@ def spread_tasks(tasks: Tensor, context: RouteContext) -> Tensor:
     return flat if context.token_mask is None else flat.where(context.token_mask, 0)
 
 
-def _last_columns(mask: Any, length: int) -> Tensor | None:
-    """The mask of the current tokens: while decoding it also covers the cached prefix."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
+def _last_columns(mask: Any, num_rows: int, length: int) -> Tensor | None:
+    """The mask of the current tokens: while decoding it also covers the cached prefix.
+
+    Masks of pairs of tokens, (B, 1, S, S), do not say which tokens are real: all are taken to be.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != num_rows or mask.shape[1] < length:
         return None
     return (mask[:, mask.shape[1] - length :] != 0).flatten()
 

@@ -1,0 +1,32 @@
+"""What surgery asks of a base linear: its sizes, where it computes, and in which dtype experts beside it train."""
+
+import torch
+from torch import nn
+
+
+def features(base: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of anything that acts as a linear; None for other modules."""
+    if isinstance(getattr(base, "in_features", None), int) and isinstance(getattr(base, "out_features", None), int):
+        return base.in_features, base.out_features  # type: ignore[return-value]
+    if type(base).__name__ == "Conv1D" and isinstance(base.weight, torch.Tensor):
+        return base.weight.shape[0], base.weight.shape[1]
+    return None
+
+
+def master_dtype(base: nn.Module) -> torch.dtype:
+    """float32 over 16-bit and quantised bases; a wider base's own."""
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return torch.float32
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def execution_device(base: nn.Module) -> torch.device:
+    """Where the base computes: for offloaded modules, whose weights are elsewhere, accelerate's hook knows."""
+    hook = getattr(base, "_hf_hook", None)
+    for candidate in (hook, *getattr(hook, "hooks", ())):
+        device = getattr(candidate, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    weight = getattr(base, "weight", None)
+    return weight.device if isinstance(weight, torch.Tensor) else torch.device("cpu")
