@@ -12,8 +12,9 @@ from molex.errors import MolexError
 if TYPE_CHECKING:
     from molex.allocation import allocate, usage_budget
     from molex.config import MixtureConfig
+    from molex.io.loading import load
     from molex.mixture import Mixture
-    from molex.presets import preset, presets
+    from molex.presets import preset
     from molex.routing import RouteContext, Routing
     from molex.surgery import convert
 
@@ -26,10 +27,10 @@ _HOMES = {
     "MixtureConfig": "molex.config",
     "Mixture": "molex.mixture",
     "preset": "molex.presets",
-    "presets": "molex.presets",
     "RouteContext": "molex.routing",
     "Routing": "molex.routing",
     "convert": "molex.surgery",
+    "load": "molex.io.loading",
 }
 
 __all__ = [
@@ -40,8 +41,8 @@ __all__ = [
     "Routing",
     "allocate",
     "convert",
+    "load",
     "preset",
-    "presets",
     "usage_budget",
 ]
 

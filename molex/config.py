@@ -86,8 +86,10 @@ class MixtureConfig:
         for kind, registry in (("router", routers), ("experts", expert_kinds)):
             if kind in overrides:
                 parts[kind] = _part(overrides[kind], registry)
-        parts["losses"] = tuple(overrides.get("losses", self.losses))
+        parts["losses"] = tuple(_part(loss, losses) for loss in overrides.get("losses", self.losses))
         rest = {name: value for name, value in overrides.items() if name not in parts}
+        if "num_experts" in rest:  # a bare number means the same number everywhere
+            rest.setdefault("allocation", None)
         known = own | _settings(parts["router"], parts["experts"], *parts["losses"])
         for name in rest:
             if name not in known:
@@ -124,6 +126,12 @@ class MixtureConfig:
         return cls(**values)
 
 
+def part_settings(config: MixtureConfig) -> dict[str, Any]:
+    """The settings of a configuration's router, experts and losses, flat, with their values."""
+    parts = (config.router, config.experts, *config.losses)
+    return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
+
+
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name}={value!r}; choose from {', '.join(choices)}")
@@ -155,6 +163,8 @@ def _part(value: Any, registry: Registry[Any]) -> Any:
     if isinstance(value, str):
         return registry[value]()
     if not isinstance(value, Mapping):
+        if not any(type(value) is registry[name] for name in registry):
+            raise ConfigError(f"{value!r} is no {registry.kind}; give a name, a configuration or its JSON form")
         return value
     settings = {name: setting for name, setting in value.items() if name != "kind"}
     part_type = registry[value.get("kind", "")]

@@ -8,6 +8,7 @@ mixture.save("out/");  mixture.revert()
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from molex.config import MixtureConfig
 from molex.errors import ConfigError, StateError, TargetError
 from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
-from molex.losses import Decision
+from molex.losses import Decision, Trace, add_up
+from molex.routers.constant import ConstantRouter
 from molex.sharding import num_elements, whole
 from molex.state import MixtureState
 from molex.stats import LayerStats, layer_stats, loads_of_all_ranks
@@ -76,10 +78,7 @@ class Mixture:
         """Whether a parameter or buffer of the model belongs to the mixture, by its name in the model."""
         if name.startswith("molex."):
             return True
-        layer, _, rest = name.partition(".experts.")
-        if not rest:
-            layer, _, rest = name.partition(".router.")
-        return bool(rest) and layer in self.layers
+        return any(name.rpartition(part)[0] in self.layers for part in (".experts.", ".router."))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the mixture adds to the base and what it trains whole, under the model's own names.
@@ -99,7 +98,8 @@ class Mixture:
         scored = {name: d for name, d in trace.items() if d.routing.num_experts > 1}
         if not self.config.losses or not scored:
             return torch.zeros((), device=next(self.model.parameters()).device)
-        return torch.stack([loss(scored) for loss in self.config.losses]).sum()
+        together = _on_one_device(scored)
+        return add_up([loss(together) for loss in self.config.losses])
 
     def step(self) -> None:
         """Moves balance biases against the last forward's load; call it after each micro-batch's backward."""
@@ -142,7 +142,11 @@ class Mixture:
             return -1
         if name not in self.experts:
             raise ConfigError(f"no expert {name!r}; this mixture has: {', '.join(self.experts)}")
-        return self.experts.index(name)
+        expert_id = self.experts.index(name)
+        for layer_name, layer in self.layers.items():
+            if expert_id >= layer.experts.num_experts and not isinstance(layer.router, ConstantRouter):
+                raise ConfigError(f"{layer_name} has no expert {name!r}, only {layer.experts.num_experts}")
+        return expert_id
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -190,17 +194,32 @@ class Mixture:
     def grow(self, num_experts: int) -> None:
         """Freezes the experts there are and adds trainable ones: MoRAM's next task.
 
-        Raises ConfigError for routers that have parameters per expert.
+        Raises ConfigError where the router could not choose the new ones, or the experts are no plain LoRAs.
         """
         for name, layer in self.layers.items():
-            if not isinstance(layer.experts, LoRABank) or layer.router is None or list(layer.router.parameters()):
-                raise ConfigError(f"{name}: only experts whose router has no parameters of its own can grow")
+            if type(layer.experts) is not LoRABank or layer.router is None or not layer.router.growable:
+                raise ConfigError(f"{name}: these experts or their router cannot grow; convert with more experts")
         for layer in self.layers.values():
             assert isinstance(layer.experts, LoRABank)
+            assert layer.router is not None
             layer.experts.freeze(num_experts, self.config.ranks(1)[0], self.config.scales(num_experts)[0])
+            layer.router.num_experts += num_experts
+
+    def save(
+        self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, is_main_process: bool = True
+    ) -> None:
+        """Writes the mixture into a folder that `molex.load` reads: see molex.io.saving."""
+        from molex.io.saving import save
+
+        save(self, directory, state_dict, is_main_process)
 
     def revert(self) -> nn.Module:
-        """Gives the model back as it was: the same base objects, hooks gone, requires_grad restored."""
+        """Gives the model back as it was: the same base objects, hooks gone, requires_grad restored.
+
+        Raises StateError where it was done already.
+        """
+        if getattr(self.model, "molex_mixture", None) is not self:
+            raise StateError("this mixture was reverted already; its model is a plain model again")
         for name, layer in self.layers.items():
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, layer.base)
@@ -210,7 +229,7 @@ class Mixture:
             if attribute in vars(self.model) or attribute in self.model._modules:
                 delattr(self.model, attribute)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self.required_grad[name])
+            parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))
         return self.model
 
     def summary(self) -> dict[str, Any]:
@@ -222,3 +241,11 @@ class Mixture:
             "experts": (min(counts), max(counts)),
             **self.num_parameters(),
         }
+
+
+def _on_one_device(trace: Trace) -> Trace:
+    """A model spread over several devices leaves its decisions on them; losses add them up."""
+    devices = [decision.routing.weights.device for decision in trace.values()]
+    if len(set(devices)) == 1:
+        return trace
+    return {name: decision.to(devices[0]) for name, decision in trace.items()}

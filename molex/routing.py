@@ -73,6 +73,12 @@ class RouteContext:
     training: bool = False
     activations: Tensor | None = None  # (T, C) = A x, only for routers that route on it
 
+    def sequence_of_token(self, device: torch.device) -> Tensor:
+        """(T,): which sequence each token belongs to, a packed row holding several."""
+        if self.segment_ids is not None:
+            return self.segment_ids
+        return torch.arange(self.shape[0], device=device).repeat_interleave(self.shape[1])
+
 
 def dense_routing(weights: Tensor, logits: Tensor | None) -> Routing:
     """Every expert serves every token: K == E, weights (T, E)."""

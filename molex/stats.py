@@ -60,4 +60,5 @@ def loads_of_all_ranks(trace: Trace) -> dict[str, Tensor]:
     """Slot counts per layer summed over ranks, in one reduction: what balance biases move against."""
     counts = [slot_counts(decision) for decision in trace.values()]
     sizes = [len(count) for count in counts]
-    return dict(zip(trace, all_ranks(torch.cat(counts)).split(sizes), strict=True))
+    joined = torch.cat([count.to(counts[0].device) for count in counts])
+    return dict(zip(trace, all_ranks(joined).split(sizes), strict=True))

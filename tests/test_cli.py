@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-import molex
+from molex.presets import presets
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -13,7 +13,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_methods_lists_every_preset_with_paper_and_equation() -> None:
     rows = json.loads(run("methods", "--json").stdout)
-    assert [row["preset"] for row in rows] == list(molex.presets)
+    assert [row["preset"] for row in rows] == list(presets)
     for row in rows:
         assert "arXiv" in row["method"] or "CVPR" in row["method"], row
         assert "=" in row["equation"] or "Poly" in row["equation"], row

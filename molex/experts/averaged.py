@@ -35,7 +35,7 @@ class AveragedBank(ExpertBank):
 
     def __init__(self, shape: LayerShape, num_heads: int):
         super().__init__(shape)
-        if shape.in_features % num_heads or shape.out_features % num_heads:
+        if num_heads < 1 or shape.in_features % num_heads or shape.out_features % num_heads:
             raise ConfigError(
                 f"{shape.name} is {shape.in_features} -> {shape.out_features}: num_heads={num_heads} must divide both"
             )
@@ -55,16 +55,20 @@ class AveragedBank(ExpertBank):
         routing = route(None)
         y = base(x)
         x_THD = self.dropout(x).reshape(-1, self.num_heads, x.shape[-1] // self.num_heads)
-        w_THE = routing.gates().view(-1, self.num_heads, self.num_experts)
+        w_THE = routing.gates().unflatten(1, (-1, self.num_experts))
+        if w_THE.shape[1] != self.num_heads:  # an expert asked for by name serves every head
+            w_THE = w_THE.expand(-1, self.num_heads, -1)
+        w_THE1 = w_THE[..., None]
         hidden_THER = torch.einsum("thd,herd->ther", x_THD, self.lora_A.to(x.dtype))
-        mixed_TR = torch.einsum("ther,the->tr", hidden_THER.to(w_THE.dtype), w_THE)
-        weighted_THER = torch.einsum("tr,the->ther", mixed_TR, w_THE).to(x.dtype)
+        mixed_TR = (hidden_THER * w_THE1).sum((1, 2)) * self.scale[0].to(w_THE.dtype)
+        weighted_THER = (mixed_TR[:, None, None] * w_THE1).to(x.dtype)
         delta_THO = torch.einsum("ther,heor->tho", weighted_THER, self.lora_B.to(x.dtype))
-        return y + self.scale[0].to(y.dtype) * delta_THO.reshape(y.shape).to(y.dtype)
+        return y + delta_THO.reshape(y.shape).to(y.dtype)
 
     def materialize(self, expert_id: int) -> Tensor:
-        A_RD = self.lora_A[:, expert_id].movedim(0, 1).flatten(1)
-        B_OR = self.lora_B[:, expert_id].flatten(0, 1)
+        dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
+        A_RD = self.lora_A[:, expert_id].movedim(0, 1).flatten(1).to(dtype)
+        B_OR = self.lora_B[:, expert_id].flatten(0, 1).to(dtype)
         return self.scale[0].to(B_OR.dtype) * (B_OR @ A_RD)
 
     @torch.no_grad()

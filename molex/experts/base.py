@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from molex.errors import ConfigError
+from molex.exact import Exact
 from molex.kernels import Form, Planner
 from molex.registry import Registry
 from molex.routing import Routing
@@ -36,9 +37,10 @@ class LayerShape:
     dtype: torch.dtype
 
 
-class ExpertBank(nn.Module, ABC):
+class ExpertBank(Exact, ABC):
     """Subclasses say what their parameters are and how they compute; `scale` (E,) is each expert's own."""
 
+    exact = ("scale",)
     scale: Tensor
 
     def __init__(self, shape: LayerShape):
@@ -47,7 +49,7 @@ class ExpertBank(nn.Module, ABC):
         self.names = [str(i) for i in range(len(shape.ranks))]
         self.in_features, self.out_features = shape.in_features, shape.out_features
         self.dropout = nn.Dropout(shape.dropout)
-        self.register_buffer("scale", torch.tensor(shape.scales, device=shape.device, dtype=torch.float32))
+        self.register_buffer("scale", torch.tensor(shape.scales, device=shape.device, dtype=shape.dtype))
 
     @property
     def num_experts(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from molex.errors import StateError, TargetError
+from molex.errors import ConfigError, StateError, TargetError
 from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, Route, expert_kinds
 from molex.experts.lora import LoRABank, everyone
 from molex.kernels import Columns, Form, Planner
@@ -42,15 +42,18 @@ class DoRABank(LoRABank):
 
     @torch.no_grad()
     def norms(self, weight: Tensor) -> Tensor:
-        """‖W + s_e B_e A_e‖ of every row: (E, O)."""
-        W_OD = (weight.T if self.transposed else weight).to(self.lora_A.dtype)
-        squared_O = W_OD.square().sum(1)
+        """‖W + s_e B_e A_e‖ of every row: (E, O), float32 or wider, out of autocast's reach."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        W_OD = (weight.T if self.transposed else weight).to(dtype)
+        columns = self.columns().to(dtype)
         rows = []
-        for expert_id in range(self.num_experts):
-            A_RD, B_OR = self.columns().expert(expert_id)
-            s = self.scale[expert_id].to(W_OD.dtype)
-            cross_O = (B_OR * (W_OD @ A_RD.T)).sum(1)
-            rows.append((squared_O + 2 * s * cross_O + s**2 * ((B_OR @ (A_RD @ A_RD.T)) * B_OR).sum(1)).sqrt())
+        with torch.autocast(weight.device.type, enabled=False):
+            squared_O = W_OD.square().sum(1)
+            for expert_id in range(self.num_experts):
+                A_RD, B_OR = columns.expert(expert_id)
+                sB_OR = self.scale[expert_id].to(dtype) * B_OR
+                added_O = (sB_OR * (2 * W_OD @ A_RD.T + sB_OR @ (A_RD @ A_RD.T))).sum(1)
+                rows.append((squared_O + added_O).clamp(min=0).sqrt())
         return torch.stack(rows)
 
     def forward(self, x: Tensor, base: nn.Module, route: Route, planner: Planner, form: Form = "linear") -> Tensor:
@@ -60,7 +63,8 @@ class DoRABank(LoRABank):
         routing = route(None)
         backend = planner.pick(x, columns, routing)
         y = base(x)
-        plain = y if getattr(base, "bias", None) is None else y - base.bias
+        bias = getattr(base, "bias", None)
+        plain = y if bias is None else y - bias.to(y.dtype)
         excess_EO = (factor_EO - 1).to(y.dtype)
         if form == "linear":
             stretch = (routing.gates().to(y.dtype) @ excess_EO).view(y.shape)
@@ -81,9 +85,13 @@ class DoRABank(LoRABank):
         assert isinstance(weight, Tensor)
         if weight.numel() == 0:
             raise StateError("DoRA experts read the base weight, which is sharded away here; use ZeRO-2 or FSDP")
-        factor_EO = self.magnitude / self.norms(weight)
+        norms_EO = self.norms(weight)
+        factor_EO = self.magnitude.to(norms_EO.dtype) / norms_EO.clamp(min=torch.finfo(norms_EO.dtype).tiny)
         columns = self.columns()
         return columns._replace(B=columns.B * factor_EO[columns.expert_of_column].T), factor_EO
+
+    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+        raise ConfigError("a DoRA expert is more than A and B: its magnitude; load a LoRA into experts='lora'")
 
     def materialize(self, expert_id: int) -> Tensor:
         raise TargetError("a DoRA expert rescales the base's rows: it is not a term added to the base weight")

@@ -83,23 +83,30 @@ class LoRABank(ExpertBank):
         return backend.narrow(x, base, columns, routing.scaled(self.scale), routing.weights, dropped=dropped)
 
     def materialize(self, expert_id: int) -> Tensor:
-        A_RD, B_OR = self.columns().expert(expert_id)
+        A_RD, B_OR = self.columns().to(torch.promote_types(self.lora_B.dtype, torch.float32)).expert(expert_id)
         return self.scale[expert_id].to(B_OR.dtype) * (B_OR @ A_RD)
 
     @torch.no_grad()
     def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
         self._check_expert(expert_id, A, B)
-        A_RD, B_OR = self.columns().expert(expert_id)
+        A_RD, B_OR = self._stored(expert_id)
         A_RD.copy_(A)
         B_OR.copy_(B)
         self.scale[expert_id] = scale
         self.names[expert_id] = name
 
+    def _stored(self, expert_id: int) -> tuple[Tensor, Tensor]:
+        """Views of one expert's A (R, D) and B (O, R) inside the stack that holds it."""
+        start, A, B = sum(self.ranks[:expert_id]), self.lora_A, self.lora_B
+        if self.frozen_A is not None and self.frozen_B is not None:
+            num_frozen = len(self.frozen_A)
+            A, B, start = (self.frozen_A, self.frozen_B, start) if start < num_frozen else (A, B, start - num_frozen)
+        own = slice(start, start + self.ranks[expert_id])
+        return A[own], B[:, own]
+
     @torch.no_grad()
     def freeze(self, num_new: int, rank: int, scale: float) -> None:
         """Freezes every expert there is and adds num_new trainable ones of the given rank and scale."""
-        if self.row_of_column is not None:
-            raise TypeError("experts that share A rows cannot be frozen one by one")
         old = self.columns()
         self.frozen_A = nn.Parameter(old.A.detach().clone(), requires_grad=False)
         self.frozen_B = nn.Parameter(old.B.detach().clone(), requires_grad=False)

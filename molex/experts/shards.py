@@ -117,7 +117,7 @@ class ShardBank(ExpertBank):
         return planner.pick(x, columns, routing).linear(x, base, columns, routing, dropped=dropped)
 
     def materialize(self, expert_id: int) -> Tensor:
-        A_RD, B_OR = self.columns().expert(expert_id)
+        A_RD, B_OR = self.columns().to(torch.promote_types(self.pool.pool_B.dtype, torch.float32)).expert(expert_id)
         return self.scale[expert_id].to(B_OR.dtype) * (B_OR @ A_RD)
 
     def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:

@@ -7,6 +7,7 @@ code computes it once per expert with dropout masks of their own; equal in expec
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from molex.errors import ConfigError
 from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, expert_kinds
@@ -30,6 +31,9 @@ class SharedABank(LoRABank):
             raise ConfigError(f"experts that share A need one rank, got {shape.ranks}")
         super().__init__(shape)
         self.row_of_column = torch.arange(sum(self.ranks), device=shape.device) % self.ranks[0]
+
+    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+        raise ConfigError("these experts share one A, a pretrained LoRA has its own: load it into experts='lora'")
 
     def _rows(self) -> int:
         return self.ranks[0]

@@ -34,6 +34,7 @@ class ArrowConfig(RouterConfig):
 class ArrowRouter(Router):
     """prototypes (E, D), a persistent buffer; zero until experts are loaded."""
 
+    exact = ("prototypes",)
     prototypes: Tensor
 
     def __init__(self, config: ArrowConfig, in_features: int, num_experts: int):
@@ -44,10 +45,10 @@ class ArrowRouter(Router):
 
     @torch.no_grad()
     def learn_expert(self, expert_id: int, A: Tensor, B: Tensor) -> None:
-        """Takes the direction of an expert that was just loaded: A (R, D), B (O, R)."""
+        """Takes the direction of an expert that was just loaded: A (R, D), B (O, R); one that adds nothing has none."""
         core_RR = torch.linalg.qr(B.double()).R
-        direction_D = torch.linalg.svd(core_RR @ A.double(), full_matrices=False).Vh[0]
-        self.prototypes[expert_id] = direction_D.to(self.prototypes)
+        _, sizes, directions = torch.linalg.svd(core_RR @ A.double(), full_matrices=False)
+        self.prototypes[expert_id] = (directions[0] * (sizes[0] > 0)).to(self.prototypes)
 
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         dtype = torch.promote_types(x.dtype, torch.float32)

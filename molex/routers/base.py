@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molex.errors import ConfigError, StateError
+from molex.errors import ConfigError, StateError, check_choice
+from molex.exact import Exact
 from molex.registry import Registry
 from molex.routing import RouteContext, Routing
 
 
-class Router(nn.Module, ABC):
-    """`needs_activations`: ctx.activations must hold A x. `needs_tasks`: ctx.task_ids must be set."""
+class Router(Exact, ABC):
+    """`needs_activations`: ctx.activations must hold A x. `needs_tasks`: ctx.task_ids must be set. `growable`: experts
+    added later can be chosen, because nothing here is sized by their number."""
 
+    growable: ClassVar[bool] = False
     needs_activations: ClassVar[bool] = False
     needs_tasks: ClassVar[bool] = False
 
@@ -52,6 +55,7 @@ class BalancedRouter(Router):
     bias_e += rate · sign(mean load − load_e)
     """
 
+    exact = ("bias",)
     bias: Tensor
 
     def __init__(self, num_experts: int, rate: float):
@@ -61,7 +65,8 @@ class BalancedRouter(Router):
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:
-        self.bias += self.rate * torch.sign(load.float().mean() - load).to(self.bias)
+        load = load.to(self.bias)
+        self.bias += self.rate * torch.sign(load.mean() - load)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +89,8 @@ class Gate(nn.Module):
     def __init__(self, in_features: int, num_experts: int, init: float | Literal["kaiming"] = "kaiming"):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, in_features))
-        if init == "kaiming":
+        if isinstance(init, str):
+            check_choice("gate_init", init, ("kaiming",))
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         else:
             nn.init.normal_(self.weight, std=init)
@@ -97,8 +103,8 @@ class Gate(nn.Module):
 
 
 def check_top_k(top_k: int, num_experts: int) -> None:
-    """Raises ConfigError unless 1 <= top_k <= num_experts."""
-    if not 1 <= top_k <= num_experts:
+    """Raises ConfigError unless top_k is a whole number, 1 <= top_k <= num_experts."""
+    if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
         raise ConfigError(f"top_k={top_k} of {num_experts} experts; top_k must be between 1 and num_experts")
 
 

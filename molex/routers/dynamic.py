@@ -54,6 +54,7 @@ class DynamicRouter(Router):
         probs_TK, ids_TK = logits_TE.softmax(-1).sort(-1, descending=True)
         kept_TK = probs_TK.cumsum(-1) <= self.config.top_p
         kept_TK[:, : self.config.keep_top_k] = True
-        uncertain_T = normalised_entropy(probs_TK, self.config.entropy_index) > self.config.entropy_threshold
-        kept_TK = kept_TK | uncertain_T[:, None]
+        if self.config.entropy_threshold < 1:
+            entropy_T = normalised_entropy(probs_TK, self.config.entropy_index)
+            kept_TK = kept_TK | (entropy_T > self.config.entropy_threshold)[:, None]
         return Routing(ids_TK.where(kept_TK, -1), probs_TK * kept_TK, logits_TE, self.num_experts)

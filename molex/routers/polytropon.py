@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from molex.errors import ConfigError
 from molex.routers.base import Router, RouterConfig, routers
 from molex.routing import RouteContext, Routing, dense_routing
 
@@ -23,6 +24,10 @@ class PolytroponConfig(RouterConfig):
     num_tasks: int = 1
     num_heads: int = 1
     relaxed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_tasks < 1 or self.num_heads < 1:
+            raise ConfigError(f"num_tasks={self.num_tasks} and num_heads={self.num_heads} must be at least 1")
 
     def build(self, in_features: int, num_experts: int) -> Router:
         return PolytroponRouter(self, num_experts)
@@ -40,19 +45,18 @@ class PolytroponRouter(Router):
 
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         tasks_T = self.task_ids(ctx, self.config.num_tasks)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        logits_SE = self.task_logits.to(dtype)
-        scores_TE = self._sample(logits_SE, tasks_T, ctx) if self.training and self.config.relaxed else None
-        if scores_TE is None:
-            scores_TE = logits_SE.sigmoid()[tasks_T]
-        per_head = scores_TE.unflatten(-1, (self.config.num_heads, -1))
-        weights_TE = (per_head / (per_head.sum(-1, keepdim=True) + 1e-12)).flatten(1)
-        return dense_routing(weights_TE, logits_SE[tasks_T])
+        logits_TE = self.task_logits.to(torch.promote_types(x.dtype, torch.float32))[tasks_T]
+        noisy = self.training and self.config.relaxed
+        scores_TE = (logits_TE + _logistic_noise(logits_TE, ctx)).sigmoid() if noisy else logits_TE.sigmoid()
+        scores_THE = scores_TE.unflatten(-1, (self.config.num_heads, -1))
+        weights_THE = scores_THE / (scores_THE.sum(-1, keepdim=True) + 1e-12)
+        return dense_routing(weights_THE.flatten(1), logits_TE)
 
-    def _sample(self, logits_SE: Tensor, tasks_T: Tensor, ctx: RouteContext) -> Tensor:
-        """One draw per sequence: the tokens of a sequence share their skills."""
-        length = ctx.shape[1] if ctx.segment_ids is None else 1
-        logits_BE = logits_SE[tasks_T[::length]]
-        uniform_BE = torch.rand_like(logits_BE).clamp(1e-6, 1 - 1e-6)
-        noise_BE = uniform_BE.log() - (-uniform_BE).log1p()
-        return (logits_BE + noise_BE).sigmoid().repeat_interleave(length, dim=0)
+
+def _logistic_noise(logits: Tensor, ctx: RouteContext) -> Tensor:
+    """What makes a sigmoid a relaxed Bernoulli draw: (T, E), one draw per sequence, which its tokens share."""
+    sequence_T = ctx.sequence_of_token(logits.device)
+    num_draws = logits.shape[0] if ctx.segment_ids is not None else ctx.shape[0]
+    uniform_BE = torch.rand(num_draws, logits.shape[1], device=logits.device, dtype=logits.dtype)
+    uniform_BE = uniform_BE.clamp(1e-6, 1 - 1e-6)
+    return (uniform_BE.log() - (-uniform_BE).log1p())[sequence_T]

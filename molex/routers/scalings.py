@@ -2,7 +2,7 @@
 
     pass 1   hidden states of the model with the experts off
     head     depth 1: Linear;   deeper: (Linear, ReLU, Dropout) × (depth − 1), Linear;   logits (T, L, E)
-    w = softmax(logits / τ);   pass 2   the model with w[:, l] in layer l
+    w = softmax(logits / τ);   pass 2   the model with w[:, l] in layer l        (softmax=False: w = logits)
 
 Model scope: it runs before the model (see molex.two_pass) and leaves a Routing for each layer. `layerwise=False`
 shares one set of weights between all layers. `top_k` keeps the largest without renormalising; `softmax_top_k` then
@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molex.errors import ConfigError
@@ -44,6 +45,8 @@ class ScalingsConfig(RouterConfig):
                 f"depth={self.depth} and hidden_size={self.hidden_size} must be at least 1, "
                 f"temperature={self.temperature} above 0"
             )
+        if not 0 <= self.head_dropout < 1:
+            raise ConfigError(f"head_dropout={self.head_dropout} must be in [0, 1)")
 
     def build(self, in_features: int, num_experts: int) -> Router:
         raise ConfigError("an X-LoRA head is built for a whole model: build_head")
@@ -72,18 +75,23 @@ class ScalingsRouter(Router):
 
     def decide(self, hidden: Tensor) -> list[Routing]:
         """hidden (T, D) -> a Routing per layer, in the order of mixture.layers."""
-        dtype = torch.promote_types(hidden.dtype, next(self.head.parameters()).dtype)
+        out = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = self.head(hidden.to(dtype)).to(torch.promote_types(dtype, torch.float32))
-        logits_TLE = logits.view(hidden.shape[0], -1, self.num_experts).expand(-1, self.num_layers, -1)
+            for module in self.head:
+                out = _wide(module, out) if isinstance(module, nn.Linear) else module(out)
+        logits_TLE = out.unflatten(-1, (-1, self.num_experts)).expand(-1, self.num_layers, -1)
         return [self._route(logits_TE) for logits_TE in logits_TLE.unbind(1)]
 
     def _route(self, logits_TE: Tensor) -> Routing:
-        scaled_TE = logits_TE / self.config.temperature
-        weights_TE = scaled_TE.softmax(-1) if self.config.softmax else scaled_TE
-        if self.config.top_k is None:
-            return dense_routing(weights_TE * self.config.global_weight, logits_TE)
-        weights_TK, ids_TK = weights_TE.topk(self.config.top_k, dim=-1)
-        if self.config.softmax_top_k:
-            weights_TK = weights_TK.softmax(-1)
-        return Routing(ids_TK, weights_TK * self.config.global_weight, logits_TE, self.num_experts)
+        weights_TE = (logits_TE / self.config.temperature).softmax(-1) if self.config.softmax else logits_TE
+        chosen = dense_routing(weights_TE, logits_TE)
+        if self.config.top_k is not None:
+            weights_TK, ids_TK = weights_TE.topk(self.config.top_k, dim=-1)
+            chosen = Routing(ids_TK, weights_TK, logits_TE, self.num_experts)
+        weights_TK = chosen.weights.softmax(-1) if self.config.softmax_top_k else chosen.weights
+        return chosen._replace(weights=weights_TK * self.config.global_weight)
+
+
+def _wide(linear: nn.Linear, x: Tensor) -> Tensor:
+    """A linear in its input's dtype, whatever its own: a 16-bit head still gives float32 logits."""
+    return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))

@@ -36,6 +36,7 @@ class SelfActivatedRouter(Router):
     """No parameters of its own."""
 
     needs_activations = True
+    growable = True
 
     def __init__(self, config: SelfActivatedConfig, num_experts: int):
         super().__init__(num_experts)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from molex.errors import ConfigError
+from molex.errors import check_choice
 from molex.routers.base import Gate, Router, RouterConfig, check_top_k, routers
 from molex.routing import RouteContext, Routing, dense_routing
 
@@ -27,8 +27,7 @@ class StagedConfig(RouterConfig):
     gate_init: float | Literal["kaiming"] = "kaiming"
 
     def __post_init__(self) -> None:
-        if self.stage not in ("hard", "soft"):
-            raise ConfigError(f"stage={self.stage!r} is neither 'hard' nor 'soft'")
+        check_choice("stage", self.stage, ("hard", "soft"))
 
     def build(self, in_features: int, num_experts: int) -> Router:
         return StagedRouter(self, in_features, num_experts)

@@ -4,7 +4,8 @@
     mode "matrix"  y = base(x) + s_t B_t A_t x                     a token with task id 0 uses the shared expert alone
 
 The released vision code has one stream per task and calls these "matrixv2" and "matrix" (its default); a language
-model has one stream, so "sum" is the default here. In mode "matrix" tasks count from 0 = shared. Not mtLoRA (arXiv 2603.01526).
+model has one stream, so "sum" is the default here. In mode "matrix" tasks count from 0 = shared.
+Not mtLoRA (arXiv 2603.01526).
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from molex.errors import ConfigError
+from molex.errors import ConfigError, check_choice
 from molex.routers.base import Router, RouterConfig, routers
 from molex.routing import RouteContext, Routing
 
@@ -25,6 +26,9 @@ class TaskConfig(RouterConfig):
 
     mode: Literal["sum", "matrix"] = "sum"
 
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, ("sum", "matrix"))
+
     def build(self, in_features: int, num_experts: int) -> Router:
         return TaskRouter(self, num_experts)
 
@@ -33,6 +37,7 @@ class TaskRouter(Router):
     """No parameters; task ids come with the tokens."""
 
     needs_tasks = True
+    growable = True
 
     def __init__(self, config: TaskConfig, num_experts: int):
         if config.mode == "sum" and num_experts < 2:
