@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 
+import torch
 from torch import Tensor
 
 
@@ -40,3 +41,16 @@ def _whole(tensor: Tensor) -> Tensor:
         return tensor.detach()
     with gathered([tensor]):
         return tensor.detach().clone()
+
+
+@torch.no_grad()
+def put(place: Tensor, tensor: Tensor) -> None:
+    """Copies a whole tensor into a parameter or buffer, sharded or not: each rank keeps its part. A collective too."""
+    if hasattr(place, "device_mesh"):
+        distribute = import_module("torch.distributed.tensor").distribute_tensor
+        place.copy_(distribute(tensor.to(place.device, place.dtype), place.device_mesh, place.placements))  # type: ignore[attr-defined]
+    elif hasattr(place, "ds_id"):
+        with import_module("deepspeed").zero.GatheredParameters([place], modifier_rank=0):
+            place.copy_(tensor)
+    else:
+        place.copy_(tensor)

@@ -1,0 +1,1 @@
+"""Mixtures on disk: safetensors and JSON, written whole or not at all, read strictly."""

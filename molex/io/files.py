@@ -1,0 +1,114 @@
+"""Writing that never leaves half a file behind, and reading that refuses whatever is not what it should be.
+
+Only safetensors and JSON: nothing here can run code that a file brings along.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from molex.errors import CheckpointError
+
+_BITS = {"BOOL": 8, "F8": 8, "F4": 4, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
+
+
+class Header(NamedTuple):
+    """What a safetensors file says about one tensor; `dtype` is the format's own code ("F32", "BF16", "I64")."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_values(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        bits = _BITS.get(self.dtype) or int(self.dtype.lstrip("FIUC"))
+        return self.num_values * bits // 8
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A scratch folder inside `directory`; its files replace their namesakes there once the block has ended well.
+
+    After an exception the folder is as it was. Raises CheckpointError where `directory` is a file.
+    """
+    if directory.is_file():
+        raise CheckpointError(f"{directory} is a file; give a folder to save into")
+    existed = directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
+            yield Path(scratch)
+            written = sorted(Path(scratch).iterdir())
+            for path in written:
+                _flush(path)
+            for path in written:
+                os.replace(path, directory / path.name)
+    finally:
+        if not existed and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself, so that a power cut after the renaming finds the bytes."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Indented UTF-8 with a newline at the end."""
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError unless the file is there and holds a JSON object."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged, it is not JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path} is damaged: it holds a {type(document).__name__}, not an object")
+    return document
+
+
+def read_headers(path: Path) -> tuple[dict[str, Header], dict[str, str]]:
+    """Each tensor's shape and dtype, and the file's own metadata. Raises CheckpointError as `read_tensors` does."""
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        headers = {name: Header(tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
+        return headers, file.metadata() or {}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor, on the CPU. Raises CheckpointError where the file is missing, damaged, cut short or foreign."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged, cut short or no safetensors file: {error}") from error
+
+
+def listed(names: list[str], limit: int = 3) -> str:
+    """A few names for an error message, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,155 @@
+"""molex.load: a saved mixture onto a base in memory, or with the base it names.
+
+Everything that can be checked is checked before the model is touched, and what is built is taken back where the rest
+fails: a refused file leaves the model as it was.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.hub import cached_files
+
+from molex.bases import features
+from molex.errors import CheckpointError, ConfigError, TargetError
+from molex.experts.lora import LoRABank
+from molex.io.checkpoint import check_layer, fill, read_record, refuse_foreign, set_names_and_stages
+from molex.io.files import listed
+from molex.io.record import CONFIG_FILE, TENSOR_FILE, MixtureRecord, base_record
+from molex.mixture import Mixture
+from molex.surgery import convert
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load(
+    source: nn.Module | str | Path,
+    path: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, int | str] | None = None,
+) -> Mixture:
+    """`load(model, path)` converts a base in place and fills it; `load(path)` first loads the base that the path names.
+
+    path: a folder or a hub id (`revision` is its branch, tag or commit). dtype, device_map: for the base where it is
+    loaded here; dtype is otherwise what the mixture was saved with. Raises CheckpointError on files that are missing,
+    damaged, foreign, newer than this molex or made for another base; StateError on a model that is a mixture already.
+    """
+    if isinstance(source, nn.Module):
+        if path is None:
+            raise ConfigError("molex.load(model, path): give the mixture's folder or hub id")
+        folder = find_folder(path, revision)
+        return _load_into(source, read_record(folder), folder)
+    if path is not None:
+        raise ConfigError(f"molex.load({source!r}, ...): the first of two arguments is the base, a model")
+    folder = find_folder(source, revision)
+    record = read_record(folder)
+    return _load_into(_load_base(record, source, revision, dtype, device_map), record, folder)
+
+
+def find_folder(path: str | Path, revision: str | None = None) -> Path:
+    """Where the files are: the folder itself, or a snapshot of it from the hub. Raises CheckpointError otherwise."""
+    folder = Path(path)
+    if folder.is_dir():
+        refuse_foreign(folder)
+        return folder
+    if folder.exists() or not isinstance(path, str) or not _HUB_ID.fullmatch(path):
+        kind = "a file" if folder.exists() else "no folder"
+        raise CheckpointError(f"{path} is {kind}; molex.load takes a folder written by mixture.save, or a hub id")
+    try:
+        found = cached_files(path, [CONFIG_FILE, TENSOR_FILE], revision=revision)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is no folder here, nor a mixture that the hub gives: {reason}") from error
+    assert found is not None
+    return Path(found[0]).parent
+
+
+def _load_base(
+    record: MixtureRecord,
+    source: str | Path,
+    revision: str | None,
+    dtype: torch.dtype | None,
+    device_map: str | dict[str, int | str] | None,
+) -> PreTrainedModel:
+    """The base that a mixture names, or the one in its own folder. Raises CheckpointError where it cannot be had."""
+    base = record.base
+    instead = "load the base yourself and call molex.load(model, path)"
+    name = str(source) if base.included else base.name_or_path
+    model_class = getattr(transformers, base.class_name, None)
+    if not name:
+        raise CheckpointError(f"{source} does not name its base, a {base.class_name} made in memory: {instead}")
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+        raise CheckpointError(f"{source}: transformers has no model class {base.class_name!r}; {instead}")
+    try:
+        loaded: Any = model_class.from_pretrained(
+            name,
+            revision=(revision or "main") if base.included else "main",
+            dtype=base.dtype if dtype is None else dtype,
+            device_map=device_map,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{source}: its base {name!r} cannot be loaded ({reason}); {instead}") from error
+    model, report = loaded
+    if report["missing_keys"]:
+        raise CheckpointError(f"{name} lacks weights of the base: {listed(sorted(report['missing_keys']))}")
+    return model
+
+
+def _load_into(model: nn.Module, record: MixtureRecord, folder: Path) -> Mixture:
+    _check_base(model, record)
+    try:
+        mixture = convert(model, record.config)
+    except (TargetError, ConfigError, TypeError) as error:
+        raise CheckpointError(f"{folder} does not fit this model: {error}") from error
+    try:
+        _grow(mixture, record)
+        fill(mixture, folder)
+    except BaseException:
+        mixture.revert()
+        raise
+    set_names_and_stages(mixture, record)
+    return mixture
+
+
+def _check_base(model: nn.Module, record: MixtureRecord) -> None:
+    """Raises CheckpointError unless the model has the architecture, sizes and layers that the mixture was made for."""
+    wanted, given = record.base, base_record(model)
+    if given.model_type != wanted.model_type:
+        raise CheckpointError(f"made for a {wanted.model_type} base, this model is a {given.model_type}")
+    for name in wanted.sizes.keys() & given.sizes.keys():
+        if given.sizes[name] != wanted.sizes[name]:
+            raise CheckpointError(
+                f"made for a base with {name} {wanted.sizes[name]}, this model has {given.sizes[name]}"
+            )
+    modules = dict(model.named_modules())
+    for name, layer in record.layers.items():
+        shape = features(modules[name]) if name in modules else None
+        if shape != (layer.in_features, layer.out_features):
+            raise CheckpointError(
+                f"made for a base whose {name} is {layer.in_features} -> {layer.out_features}; "
+                + (f"here it is {shape[0]} -> {shape[1]}" if shape else "this model has no such linear")
+            )
+
+
+def _grow(mixture: Mixture, record: MixtureRecord) -> None:
+    """Brings freshly converted layers to their recorded shape: `mixture.grow` may have been called on the saved one."""
+    if mixture.layers.keys() != record.layers.keys():
+        odd = sorted(mixture.layers.keys() ^ record.layers.keys())
+        raise CheckpointError(f"targets {record.config.targets} now mean other layers than when saved: {listed(odd)}")
+    for name, saved in record.layers.items():
+        layer, ranks = mixture.layers[name], record.ranks(saved)
+        if saved.frozen and isinstance(layer.experts, LoRABank):
+            for rank in ranks[layer.experts.num_experts : saved.frozen]:
+                layer.experts.freeze(1, rank, 1.0)
+            layer.experts.freeze(len(ranks) - saved.frozen, ranks[-1], 1.0)
+            assert layer.router is not None
+            layer.router.num_experts = layer.experts.num_experts
+        check_layer(layer, saved, record)
