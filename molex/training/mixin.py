@@ -1,0 +1,152 @@
+"""MixtureTrainerMixin: what a Trainer must do differently when its model is a mixture.
+
+    class MixtureTrainer(MixtureTrainerMixin, transformers.Trainer): ...
+
+- The auxiliary loss is added to the loss the trainer computed, wherever that came from (TRL's fused head ignores what a
+  forward adds). It is a mean over the tokens of one micro-batch, so it is averaged over accumulation steps. Evaluation
+  reports it beside the task loss, not in it.
+- Balance biases move after each micro-batch's backward, since backward may recompute the forward.
+- A `task_ids` column reaches the mixture.
+- Routing statistics are logged with everything else.
+- Checkpoints hold the mixture, not its base.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+
+from molex.errors import ConfigError
+from molex.mixture import Mixture
+from molex.training.arguments import RoutingLogs
+from molex.training.groups import check_split, router_parameters, split_groups
+from molex.training.routing_log import RoutingLog
+from molex.training.tasks import TASKS, TaskCollator
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+else:
+    Trainer = object  # a mixin; for the type checker it is what it is mixed into
+
+
+class MixtureTrainerMixin(Trainer):
+    """Put it before a `transformers.Trainer` child whose model is a mixture.
+
+    Raises StateError on a model that is not converted, ConfigError on re-entrant checkpointing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self._train_routing, self._eval_routing = RoutingLog(), RoutingLog()
+        super().__init__(*args, **kwargs)
+        _refuse_reentrant(self.args)
+        _ = self.mixture
+
+    @property
+    def mixture(self) -> Mixture:
+        assert self.model is not None
+        return Mixture.of(self.model)
+
+    @property
+    def _routing_detail(self) -> RoutingLogs:
+        return getattr(self.args, "routing_logs", "summary")
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        computed = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = computed if isinstance(computed, tuple) else (computed, None)
+        mixture, training = self.mixture, self.mixture.model.training
+        aux_loss = mixture.aux_loss() if mixture.config.losses else None
+        (self._train_routing if training else self._eval_routing).add(mixture.state.trace, aux_loss)
+        if aux_loss is not None and training:
+            loss = loss + aux_loss.to(loss) / self._accumulation_left(num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _accumulation_left(self, num_items_in_batch: Tensor | int | None) -> int:
+        """By what the trainer will not divide the loss any more: the rule of Trainer.training_step."""
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        return self.current_gradient_accumulation_steps if scaled else 1
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.mixture.step()
+        return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        self.mixture.set_tasks(prepared.get(TASKS))
+        return {name: value for name, value in prepared.items() if name != TASKS}
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns
+        if columns is not None and TASKS not in columns:
+            columns.append(TASKS)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> torch.utils.data.DataLoader:
+        plain, self.data_collator = self.data_collator, TaskCollator(self.data_collator)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = plain
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        fresh, routers = self.optimizer is None, router_parameters(self.mixture)
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rate = getattr(self.args, "router_learning_rate", None)
+        if rate is not None and routers:
+            if fresh:
+                split_groups(optimizer, routers, rate)
+            check_split(optimizer)
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= self._train_routing.read(self._routing_detail)
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        routed = self._eval_routing.read(self._routing_detail)
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in routed.items()})
+        return output
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        directory = Path(output_dir or self.args.output_dir or ".")
+        directory.mkdir(parents=True, exist_ok=True)
+        self.mixture.save(directory)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(directory)
+        (directory / "training_args.json").write_text(self.args.to_json_string())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_mixture(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        assert self.state.best_model_checkpoint is not None
+        self._load_mixture(self.state.best_model_checkpoint)
+
+    def _load_mixture(self, directory: str) -> None:
+        from molex.io.checkpoint import load_into
+
+        load_into(self.mixture, directory)
+
+
+def _refuse_reentrant(args: Any) -> None:
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ConfigError(
+            "re-entrant activation checkpointing corrupts router gradients; "
+            "set activation_checkpointing_kwargs={'use_reentrant': False} or leave it out"
+        )
