@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from molex.allocation import allocate
 from molex.bases import execution_device, features, master_dtype
@@ -20,6 +20,7 @@ from molex.experts.lora import LoRABank, LoRAConfig
 from molex.experts.shards import ShardBank, ShardPool, ShardsConfig
 from molex.ffn import FFN, NarrowLinear, WidenLinear, find_ffn
 from molex.hooks import leave_fused_paths, watch_calls
+from molex.io.pretrained import SavePretrained
 from molex.kernels import Planner
 from molex.layer import MixtureLinear
 from molex.losses import block_of
@@ -58,6 +59,8 @@ def convert(model: nn.Module, config: MixtureConfig) -> Mixture:
         decided = {name: layer for name, layer in layers.items() if layer.router is None}
         mixture.hooks += TwoPass(builder.state, builder.head, decided).attach(builder.stacks[0].module)
     model.molex_mixture = mixture  # type: ignore[assignment]
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained = SavePretrained(model)
     return mixture
 
 
