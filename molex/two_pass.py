@@ -76,7 +76,6 @@ class TwoPass:
                 output = stack.forward(**arguments)
         finally:
             self.state.enabled = True
-            torch.clear_autocast_cache()  # weights cast here have no gradient to give to the second pass
         if self._caller is None:
             self._first = _cache_among(output)
         return output[0]

@@ -214,7 +214,7 @@ def test_checkpointing_changes_no_gradient(llama: tuple[PreTrainedModel, Mixture
 
 
 def test_modules_trained_whole_keep_their_gradient_under_autocast() -> None:
-    """Autocast remembers the weights the first pass cast, and those have no gradient."""
+    """Autocast remembers cast weights; were those of the first pass used again, they would have no gradient."""
     model, _ = converted(tiny("llama"), targets=("q_proj", "v_proj"), also_train=("o_proj",))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(ids_for(), labels=ids_for()).loss

@@ -66,8 +66,8 @@ class ScalingsRouter(Router):
         sizes = [in_features] + [config.hidden_size] * (config.depth - 1)
         blocks: list[nn.Module] = []
         for size_in, size_out in pairwise(sizes):
-            blocks += [nn.Linear(size_in, size_out), nn.ReLU(), nn.Dropout(config.head_dropout)]
-        self.head = nn.Sequential(*blocks, nn.Linear(sizes[-1], num_out))
+            blocks += [_WideLinear(size_in, size_out), nn.ReLU(), nn.Dropout(config.head_dropout)]
+        self.head = nn.Sequential(*blocks, _WideLinear(sizes[-1], num_out))
 
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         """The first layer's routing; `decide` gives all of them."""
@@ -75,11 +75,9 @@ class ScalingsRouter(Router):
 
     def decide(self, hidden: Tensor) -> list[Routing]:
         """hidden (T, D) -> a Routing per layer, in the order of mixture.layers."""
-        out = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         with torch.autocast(hidden.device.type, enabled=False):
-            for module in self.head:
-                out = _wide(module, out) if isinstance(module, nn.Linear) else module(out)
-        logits_TLE = out.unflatten(-1, (-1, self.num_experts)).expand(-1, self.num_layers, -1)
+            logits = self.head(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
+        logits_TLE = logits.unflatten(-1, (-1, self.num_experts)).expand(-1, self.num_layers, -1)
         return [self._route(logits_TE) for logits_TE in logits_TLE.unbind(1)]
 
     def _route(self, logits_TE: Tensor) -> Routing:
@@ -92,6 +90,9 @@ class ScalingsRouter(Router):
         return chosen._replace(weights=weights_TK * self.config.global_weight)
 
 
-def _wide(linear: nn.Linear, x: Tensor) -> Tensor:
-    """A linear in its input's dtype, whatever its own: a 16-bit head still gives float32 logits."""
-    return F.linear(x, linear.weight.to(x.dtype), linear.bias.to(x.dtype))
+class _WideLinear(nn.Linear):
+    """Computes in its input's dtype, whatever its own: a 16-bit head still gives float32 logits. A module of its own,
+    since ZeRO-3 gathers parameters only while their module's forward runs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
