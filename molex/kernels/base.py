@@ -13,7 +13,7 @@ here call the base as it is, in its own input shape, and add. What every backend
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,19 +44,20 @@ class Backend(ABC):
         num_slots = routing.expert_ids.shape[1]
         rows_ND = x.repeat_interleave(num_slots, dim=0)
         y_NO = self.pairs(rows_ND, routing.expert_ids.flatten(), routing.weights.flatten(), columns)
-        return y_NO.view(x.shape[0], num_slots, -1).sum(1)
+        return y_NO.view(x.shape[0], num_slots, y_NO.shape[-1]).sum(1)
 
     def widen_delta(self, x: Tensor, columns: Columns, routing: Routing) -> Tensor:
         """What each slot's expert adds, apart: (T, D) -> (K, T, O)."""
         num_slots = routing.expert_ids.shape[1]
         rows_ND = x.expand(num_slots, -1, -1).flatten(0, 1)
         y_NO = self.pairs(rows_ND, routing.expert_ids.T.flatten(), routing.weights.T.flatten(), columns)
-        return y_NO.view(num_slots, x.shape[0], -1)
+        return y_NO.view(num_slots, x.shape[0], y_NO.shape[-1])
 
     def narrow_delta(self, streams: Tensor, columns: Columns, routing: Routing) -> Tensor:
         """What the slots' experts add together, each to its own stream: (K, T, D) -> (T, O)."""
         ids_N, weights_N = routing.expert_ids.T.flatten(), routing.weights.T.flatten()
-        return self.pairs(streams.flatten(0, 1), ids_N, weights_N, columns).view(*streams.shape[:2], -1).sum(0)
+        y_NO = self.pairs(streams.flatten(0, 1), ids_N, weights_N, columns)
+        return y_NO.view(*streams.shape[:2], y_NO.shape[-1]).sum(0)
 
     def linear(
         self,
@@ -80,7 +81,7 @@ class Backend(ABC):
         y = base(x)
         rows_TD = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
         deltas_KTO = self.widen_delta(rows_TD, columns, routing)
-        return torch.cat([y[None], y + deltas_KTO.view(-1, *y.shape).to(y.dtype)])
+        return torch.cat([y[None], y + deltas_KTO.view(len(deltas_KTO), *y.shape).to(y.dtype)])
 
     def narrow(
         self,
@@ -95,15 +96,37 @@ class Backend(ABC):
         """(K+1, ..., D) -> (..., O). mix (T, K) are the v_k: the routing's weights before the experts' scale."""
         y = base(mix_streams(streams, mix))
         rows = (streams if dropped is None else dropped)[1:]
-        delta_TO = self.narrow_delta(rows.reshape(rows.shape[0], -1, rows.shape[-1]), columns, routing)
+        delta_TO = self.narrow_delta(rows.flatten(1, -2), columns, routing)
         return y + delta_TO.view(y.shape).to(y.dtype)
+
+
+class _Mix(torch.autograd.Function):
+    """Saves the streams, which the experts need anyway, and none of the K differences."""
+
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, mix: Tensor) -> Tensor:
+        ctx.save_for_backward(streams, mix)
+        mixed = streams[0].to(mix.dtype, copy=True)
+        for stream, weight in zip(streams[1:], mix, strict=True):
+            mixed += weight * (stream - streams[0])
+        return mixed.to(streams.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        streams, mix = ctx.saved_tensors
+        (grad,) = grads
+        grad_streams = torch.empty_like(streams)
+        grad_streams[0] = (1 - mix.sum(0)) * grad
+        grad_mix = torch.empty_like(mix)
+        for k, weight in enumerate(mix):
+            grad_streams[k + 1] = weight * grad
+            grad_mix[k] = (grad * (streams[k + 1] - streams[0])).sum(-1, keepdim=True, dtype=mix.dtype)
+        return grad_streams, grad_mix
 
 
 def mix_streams(streams: Tensor, mix: Tensor) -> Tensor:
     """h_0 + Σ_k v_k (h_k − h_0): (K+1, ..., D), (T, K) -> (..., D); exactly h_0 where all streams are equal."""
-    first = streams[0]
-    mix_K = mix.T.reshape(-1, *first.shape[:-1], 1)
-    return (first + (mix_K * (streams[1:] - first)).sum(0)).to(streams.dtype)
+    return _Mix.apply(streams, mix.T.reshape(mix.shape[1], *streams.shape[1:-1], 1))
 
 
 backends: Registry[type[Backend]] = Registry("backend")

@@ -40,7 +40,7 @@ def gate(hidden: Tensor, gates: Tensor, columns: Columns) -> Tensor:
     rank = columns.uniform_rank()
     if rank is None:
         return hidden * gates[..., columns.expert_of_column]
-    return (hidden.unflatten(-1, (-1, rank)) * gates[..., None]).flatten(-2)
+    return (hidden.unflatten(-1, (len(columns.ranks), rank)) * gates[..., None]).flatten(-2)
 
 
 def expand(gated: Tensor, columns: Columns) -> Tensor:

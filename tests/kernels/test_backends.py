@@ -1,0 +1,107 @@
+"""Every backend x dtype x shape against float64: the output and every gradient, by name."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from molex.kernels import Form, backends
+from tests.close import assert_close
+from tests.kernels.cases import CASES, Case, Problem, expert_by_expert, make, token_by_token
+
+FORMS: list[Form] = ["linear", "widen", "narrow"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def base_of(p: Problem) -> nn.Linear:
+    base = nn.Linear(p.W.shape[1], p.W.shape[0], dtype=p.W.dtype)
+    base.weight.data, base.bias.data = p.W, p.bias
+    return base.requires_grad_(False)
+
+
+def run(name: str, p: Problem, form: Form) -> Tensor:
+    backend, base = backends[name](), base_of(p)
+    if form == "linear":
+        return backend.linear(p.x, base, p.columns(), p.routing())
+    if form == "widen":
+        return backend.widen(p.x, base, p.columns(), p.routing())
+    return backend.narrow(p.x, base, p.columns(), p.routing(), p.mix)
+
+
+def results(y: Tensor, p: Problem, form: Form) -> dict[str, Tensor]:
+    """The output and the gradients of the leaves that the form reads."""
+    leaves = [name for name in p.LEAVES if name != "mix" or form == "narrow"]
+    grads = torch.autograd.grad(y, [getattr(p, name) for name in leaves], p.grad, materialize_grads=True)
+    return {"y": y.detach(), **dict(zip([f"d{name}" for name in leaves], grads, strict=True))}
+
+
+def skip_unsupported(name: str, p: Problem) -> None:
+    reason = backends[name]().supports(p.x, p.columns(), p.routing())
+    if reason:
+        allowed = name == "grouped" and (p.x.dtype == torch.float64 or p.x.shape[-1] % 8 > 0)
+        assert allowed, f"{name} refuses what it should run: {reason}"
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", list(backends))
+def test_output_and_gradients(name: str, dtype: torch.dtype, form: Form, case: Case) -> None:
+    p = make(case, form, dtype)
+    skip_unsupported(name, p)
+    p64, plain = p.to(torch.float64), p.to(dtype)
+    truth = results(token_by_token(p64, form), p64, form)
+    same_dtype = results(expert_by_expert(plain, form), plain, form)
+    for what, got in results(run(name, p, form), p, form).items():
+        assert_close(what, got, truth[what], same_dtype[what], products=dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["reference", "dense"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[10], CASES[12]], ids=lambda case: case.name)
+def test_gradcheck(name: str, form: Form, case: Case) -> None:
+    small = Case(case.name, 3, 4, 6, case.ranks, case.top_k, case.choose, case.share_A)
+    p = make(small, form, torch.float64)
+    leaves = [leaf for leaf in p.LEAVES if leaf != "mix" or form == "narrow"]
+
+    def function(*tensors: Tensor) -> Tensor:
+        fields = {
+            **{field: getattr(p, field) for field in p.__dataclass_fields__},
+            **dict(zip(leaves, tensors, strict=True)),
+        }
+        return run(name, Problem(**fields), form)
+
+    assert torch.autograd.gradcheck(function, [getattr(p, leaf) for leaf in leaves])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", list(backends))
+def test_experts_of_zero_leave_the_base_bit_for_bit(name: str, dtype: torch.dtype, form: Form) -> None:
+    p = make(CASES[0], form, dtype)
+    p.B.data.zero_()
+    if form == "narrow":
+        p.x.data[:] = p.x.data[0]  # a base's activations: no expert has changed any stream
+    y = run(name, p, form)
+    expected = base_of(p)(p.x[0] if form == "narrow" else p.x)
+    assert torch.equal(y, expected.expand_as(y))
+
+
+@pytest.mark.parametrize("name", list(backends))
+def test_batch_dimensions_and_dropped_rows(name: str) -> None:
+    """x keeps its own shape, and the experts alone read what dropout left."""
+    p = make(CASES[0], "linear", torch.float32)
+    tokens, (x, dropped) = p.x.shape[0] - 1, (p.x[:-1], (p.x * 2)[:-1])
+    routing = p.routing()._replace(expert_ids=p.expert_ids[:-1], weights=p.weights[:-1])
+    shaped = (x.view(3, tokens // 3, -1), dropped.view(3, tokens // 3, -1))
+    y = backends[name]().linear(shaped[0], base_of(p), p.columns(), routing, dropped=shaped[1])
+    assert y.shape == (3, tokens // 3, p.W.shape[0])
+    delta_TO = backends[name]().delta(dropped, p.columns(), routing)
+    torch.testing.assert_close(y.flatten(0, 1), base_of(p)(x) + delta_TO)
+
+
+@pytest.mark.parametrize("name", list(backends))
+def test_activations_at_hand_are_used(name: str) -> None:
+    p = make(CASES[0], "linear", torch.float32)
+    given = backends[name]().delta(p.x, p.columns(), p.routing(), hidden=p.columns().shrink(p.x))
+    torch.testing.assert_close(given, backends[name]().delta(p.x, p.columns(), p.routing()))
