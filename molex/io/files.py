@@ -5,6 +5,7 @@ Only safetensors and JSON: nothing here can run code that a file brings along.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -16,8 +17,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from molex.errors import CheckpointError
-
-_BITS = {"BOOL": 8, "F8": 8, "F4": 4, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 
 
 class Header(NamedTuple):
@@ -32,8 +31,8 @@ class Header(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        bits = _BITS.get(self.dtype) or int(self.dtype.lstrip("FIUC"))
-        return self.num_values * bits // 8
+        digits = re.search(r"\d+", self.dtype)
+        return self.num_values * int(digits[0] if digits else 8) // 8
 
 
 @contextmanager
