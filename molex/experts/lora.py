@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from molex.errors import check_choice
 from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, Route, expert_kinds
 from molex.kernels import Columns, Form, Planner, columns_of
 from molex.routing import Routing
@@ -26,6 +27,9 @@ class LoRAConfig(ExpertsConfig):
     """init: A is U(±1/√D) ("kaiming", a = √5) or N(0, 1/r²) ("gaussian"); B is zero."""
 
     init: Literal["kaiming", "gaussian"] = "kaiming"
+
+    def __post_init__(self) -> None:
+        check_choice("init", self.init, ("kaiming", "gaussian"))
 
     def build(self, shape: LayerShape) -> ExpertBank:
         return LoRABank(shape, self.init)
