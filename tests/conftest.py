@@ -28,6 +28,8 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _poisoned_memory() -> Iterator[None]:
     """What molex allocates and does not write is NaN, so that it shows in the result."""
+    with torch.device("meta"):
+        torch.empty(0)  # `with torch.device` remembers the functions it redirects: let it see the true ones
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             patch.setattr(owner, name, _poisoned(getattr(owner, name)))
