@@ -5,19 +5,20 @@ of one micro-batch (a differentiable all-reduce), so data parallelism does not c
 does slightly, since each micro-batch has its own means.
 """
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from molex.errors import ConfigError, StateError, check_choice
+from molex.reductions import add_up, all_ranks, masked_mean
 from molex.registry import Registry
 from molex.routing import RouteContext, Routing
 
@@ -39,6 +40,15 @@ class Decision(NamedTuple):
         if self.routing.logits is None:
             raise StateError(f"{self.context.layer}: this loss reads router logits, and this router has none")
         return self.routing.logits
+
+    def to(self, device: torch.device) -> "Decision":
+        """The same on another device, with gradient."""
+        ids_TK, weights_TK, logits_TE, num_experts = self.routing
+        logits_TE = None if logits_TE is None else logits_TE.to(device)
+        routing = Routing(ids_TK.to(device), weights_TK.to(device), logits_TE, num_experts)
+        context = {name: getattr(self.context, name) for name in ("token_mask", "task_ids", "segment_ids")}
+        moved = {name: field.to(device) for name, field in context.items() if field is not None}
+        return Decision(routing, dataclasses.replace(self.context, **moved))
 
 
 Trace = Mapping[str, Decision]
@@ -107,6 +117,9 @@ class Entropy(Loss):
 
     entropy_coefficient: float = 1e-2
     entropy_loss_index: float = 1.1
+
+    def __post_init__(self) -> None:
+        check_entropy_index("entropy_loss_index", self.entropy_loss_index)
 
     def __call__(self, trace: Trace) -> Tensor:
         q = self.entropy_loss_index
@@ -187,7 +200,7 @@ class TaskCrossEntropy(Loss):
         valid = mask_BS[:, :-1] * mask_BS[:, 1:] * (tasks_BS[:, 1:] >= 0)
         if segments_BS is not None:
             valid = valid * (segments_BS[:, :-1] == segments_BS[:, 1:])
-        shifted = logits_TE.view(*ctx.shape, -1)[:, :-1].flatten(0, 1)
+        shifted = logits_TE.unflatten(0, ctx.shape)[:, :-1].flatten(0, 1)
         wrong_T = F.cross_entropy(shifted, tasks_BS[:, 1:].flatten().clamp(min=0), reduction="none")
         return wrong_T[:, None], valid.flatten()
 
@@ -225,6 +238,12 @@ class SpecialisationBalance(Loss):
         return (probability_E * frequency_E).sum() + sign * self.entropy_weight * entropy[0]
 
 
+def check_entropy_index(name: str, q: float) -> None:
+    """Raises ConfigError unless 0 < q <= 2. Beside q = 1 the entropy's eps, divided by q − 1, would be all there is."""
+    if not 0 < q <= 2 or 0 < abs(q - 1) < 0.01:
+        raise ConfigError(f"{name}={q} must be above 0 and at most 2, and 1 itself or 0.01 away from it")
+
+
 def normalised_entropy(probs: Tensor, q: float, eps: float = 1e-5) -> Tensor:
     """Tsallis entropy of probs (..., E) over its maximum, so in [0, 1]; q = 1 is Shannon's.
 
@@ -237,42 +256,6 @@ def normalised_entropy(probs: Tensor, q: float, eps: float = 1e-5) -> Tensor:
     if q == 1:
         return -(shifted * shifted.log()).sum(-1) / math.log(num_experts)
     return (1 - shifted.pow(q).sum(-1)) / (1 - num_experts ** (1 - q))
-
-
-def masked_mean(rows: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Mean of values (T_i, F) under masks (T_i,), over all parts and all ranks -> (F,); 0 where nothing is real."""
-    sums_F = add_up([(values * mask[:, None]).sum(0) for values, mask in rows])
-    count = add_up([mask.sum() for _, mask in rows]).to(sums_F.dtype)
-    both = all_ranks(torch.cat([sums_F, count[None]]))
-    return both[:-1] / both[-1].clamp(min=1)
-
-
-def add_up(terms: list[Tensor]) -> Tensor:
-    """The sum of equally shaped terms, which may lie on different devices; on the first one's."""
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
-
-
-def all_ranks(value: Tensor) -> Tensor:
-    """Sum over ranks, with gradient."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return _SumOverRanks.apply(value)  # type: ignore[return-value]
-    return value
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Every rank's result is the sum, so every rank's gradient flows back to each rank's summand."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
-        total = value.detach().clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.contiguous().clone()
-        dist.all_reduce(total)
-        return total
 
 
 def block_of(name: str) -> str:

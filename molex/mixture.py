@@ -20,6 +20,7 @@ from molex.errors import ConfigError, StateError, TargetError
 from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
 from molex.losses import Decision, Trace, add_up
+from molex.routers import Router
 from molex.routers.constant import ConstantRouter
 from molex.sharding import num_elements, whole
 from molex.state import MixtureState
@@ -103,13 +104,13 @@ class Mixture:
 
     def step(self) -> None:
         """Moves balance biases against the last forward's load; call it after each micro-batch's backward."""
-        balanced = {name: d for name, d in self.state.trace.items() if self.layers[name].router is not None}
-        if not balanced:
+        routers = {name: layer.router for name, layer in self.layers.items() if layer.router is not None}
+        moving = {name: router for name, router in routers.items() if type(router).balance is not Router.balance}
+        trace = {name: decision for name, decision in self.state.trace.items() if name in moving}
+        if not trace:
             return
-        for name, load_E in loads_of_all_ranks(balanced).items():
-            router = self.layers[name].router
-            assert router is not None
-            router.balance(load_E)
+        for name, load_E in loads_of_all_ranks(_on_one_device(trace)).items():
+            moving[name].balance(load_E)
 
     def stats(self) -> dict[str, LayerStats]:
         """Load, entropy and dead experts of each routed layer in the last forward."""
@@ -245,7 +246,5 @@ class Mixture:
 
 def _on_one_device(trace: Trace) -> Trace:
     """A model spread over several devices leaves its decisions on them; losses add them up."""
-    devices = [decision.routing.weights.device for decision in trace.values()]
-    if len(set(devices)) == 1:
-        return trace
-    return {name: decision.to(devices[0]) for name, decision in trace.items()}
+    device = next(iter(trace.values())).routing.weights.device
+    return {name: d if d.routing.weights.device == device else d.to(device) for name, d in trace.items()}

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from molex.losses import Decision, Trace, all_ranks
+from molex.losses import Decision, Trace
+from molex.reductions import all_ranks
 
 
 @dataclass(frozen=True)

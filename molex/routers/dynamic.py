@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from molex.errors import ConfigError
-from molex.losses import normalised_entropy
+from molex.losses import check_entropy_index, normalised_entropy
 from molex.routers.base import Gate, Router, RouterConfig, check_top_k, routers
 from molex.routing import RouteContext, Routing
 
@@ -31,8 +31,7 @@ class DynamicConfig(RouterConfig):
     gate_init: float | Literal["kaiming"] = "kaiming"
 
     def __post_init__(self) -> None:
-        if not 0 < self.entropy_index <= 2:
-            raise ConfigError(f"entropy_index={self.entropy_index} must be above 0 and at most 2")
+        check_entropy_index("entropy_index", self.entropy_index)
         if not (0 <= self.entropy_threshold <= 1 and 0 <= self.top_p <= 1):
             raise ConfigError(f"entropy_threshold={self.entropy_threshold} and top_p={self.top_p} are shares in [0, 1]")
 
