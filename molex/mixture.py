@@ -19,7 +19,8 @@ from molex.config import MixtureConfig
 from molex.errors import ConfigError, StateError, TargetError
 from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
-from molex.losses import Decision, Trace, add_up
+from molex.losses import Decision, Trace
+from molex.reductions import add_up
 from molex.routers import Router
 from molex.routers.constant import ConstantRouter
 from molex.sharding import num_elements, whole

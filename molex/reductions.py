@@ -1,5 +1,7 @@
 """Sums and means over a batch that is spread over layers, devices and ranks."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor

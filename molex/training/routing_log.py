@@ -13,7 +13,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from molex.losses import Trace, all_ranks, block_of
+from molex.losses import Trace, block_of
+from molex.reductions import all_ranks
 from molex.stats import LayerStats, slot_counts
 from molex.training.arguments import RoutingLogs
 
@@ -46,14 +47,15 @@ class RoutingLog:
             logs |= _numbers("routing", list(layers.values()))
         if detail != "summary":
             logs |= _grouped(layers, detail)
-        self.__init__()
+        self.counts, self.aux_losses = {}, []
         return logs
 
     def _layers(self) -> dict[str, LayerStats]:
         if not self.counts:
             return {}
         sizes = [len(counts_E) for counts_E in self.counts.values()]
-        total = all_ranks(torch.cat([*self.counts.values()])).cpu()
+        device = next(iter(self.counts.values())).device
+        total = all_ranks(torch.cat([counts_E.to(device) for counts_E in self.counts.values()])).cpu()
         return {name: LayerStats(c, 0) for name, c in zip(self.counts, total.split(sizes), strict=True)}
 
 
