@@ -54,7 +54,7 @@ def spread_tasks(tasks: Tensor, context: RouteContext) -> Tensor:
     num_rows, length = context.shape
     repeats, left = divmod(num_rows, tasks.shape[0])
     if left:
-        raise StateError(f"task ids for {tasks.shape[0]} sequences, the batch has {num_rows}; set one for each")
+        raise StateError(f"task ids for {tasks.shape[0]} sequences, the batch has {num_rows}; set one for each, or None")
     per_row = tasks.repeat_interleave(repeats, dim=0)
     if per_row.dim() == 1:
         per_row = per_row[:, None].expand(-1, length)
