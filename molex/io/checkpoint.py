@@ -23,11 +23,11 @@ def load_into(mixture: Mixture, path: str | Path) -> None:
     """
     folder = Path(path)
     record = read_record(folder)
-    for name in [*record.layers, *mixture.layers]:
-        if name not in mixture.layers or name not in record.layers:
-            where = "this mixture" if name not in mixture.layers else str(folder)
-            raise CheckpointError(f"{name} is no converted layer of {where}")
-        check_layer(mixture.layers[name], record.layers[name], record)
+    odd = sorted(mixture.layers.keys() ^ record.layers.keys())
+    if odd:
+        raise CheckpointError(f"{folder} and this mixture have different layers converted: {listed(odd)}")
+    for name, layer in mixture.layers.items():
+        check_layer(layer, record.layers[name], record)
     fill(mixture, folder)
     set_names_and_stages(mixture, record)
 

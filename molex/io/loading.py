@@ -20,6 +20,7 @@ from molex.experts.lora import LoRABank
 from molex.io.checkpoint import check_layer, fill, read_record, refuse_foreign, set_names_and_stages
 from molex.io.files import listed
 from molex.io.record import CONFIG_FILE, TENSOR_FILE, MixtureRecord, base_record
+from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 from molex.surgery import convert
 
@@ -145,11 +146,18 @@ def _grow(mixture: Mixture, record: MixtureRecord) -> None:
         odd = sorted(mixture.layers.keys() ^ record.layers.keys())
         raise CheckpointError(f"targets {record.config.targets} now mean other layers than when saved: {listed(odd)}")
     for name, saved in record.layers.items():
-        layer, ranks = mixture.layers[name], record.ranks(saved)
-        if saved.frozen and isinstance(layer.experts, LoRABank):
-            for rank in ranks[layer.experts.num_experts : saved.frozen]:
-                layer.experts.freeze(1, rank, 1.0)
-            layer.experts.freeze(len(ranks) - saved.frozen, ranks[-1], 1.0)
-            assert layer.router is not None
-            layer.router.num_experts = layer.experts.num_experts
+        layer = mixture.layers[name]
+        if saved.frozen:
+            _freeze(layer, record.ranks(saved), saved.frozen)
         check_layer(layer, saved, record)
+
+
+def _freeze(layer: MixtureLinear, ranks: tuple[int, ...], num_frozen: int) -> None:
+    """Freezes the first experts and adds the others, as `mixture.grow` did; scales come with the tensors."""
+    bank, router = layer.experts, layer.router
+    if not isinstance(bank, LoRABank) or router is None or not bank.num_experts <= num_frozen < len(ranks):
+        raise CheckpointError(f"{layer.name}: {num_frozen} of its {len(ranks)} experts cannot be frozen: damaged")
+    for rank in ranks[bank.num_experts : num_frozen]:
+        bank.freeze(1, rank, 1.0)
+    bank.freeze(len(ranks) - num_frozen, ranks[-1], 1.0)
+    router.num_experts = bank.num_experts
