@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from molex.errors import ConfigError
+from molex.io.checkpoint import load_into
 from molex.mixture import Mixture
 from molex.training.arguments import RoutingLogs
 from molex.training.groups import check_split, router_parameters, split_groups
@@ -65,7 +66,7 @@ class MixtureTrainerMixin(Trainer):
         aux_loss = mixture.aux_loss() if mixture.config.losses else None
         (self._train_routing if training else self._eval_routing).add(mixture.state.trace, aux_loss)
         if aux_loss is not None and training:
-            loss = loss + aux_loss.to(loss) / self._accumulation_left(num_items_in_batch)
+            loss = loss + aux_loss.to(loss.device) / self._accumulation_left(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _accumulation_left(self, num_items_in_batch: Tensor | int | None) -> int:
@@ -121,12 +122,17 @@ class MixtureTrainerMixin(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in routed.items()})
         return output
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes the mixture alone. Every process calls: a sharded mixture is gathered, its base is not."""
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir or ".")
+        self.mixture.save(directory, state_dict, is_main_process=self.args.should_save)
         if not self.args.should_save:
             return
-        directory = Path(output_dir or self.args.output_dir or ".")
-        directory.mkdir(parents=True, exist_ok=True)
-        self.mixture.save(directory)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
         (directory / "training_args.json").write_text(self.args.to_json_string())
@@ -139,8 +145,6 @@ class MixtureTrainerMixin(Trainer):
         self._load_mixture(self.state.best_model_checkpoint)
 
     def _load_mixture(self, directory: str) -> None:
-        from molex.io.checkpoint import load_into
-
         load_into(self.mixture, directory)
 
 
