@@ -169,6 +169,22 @@ def test_tasks_follow_their_sequences_through_beams(method: str) -> None:
         assert (other.logits[0] - alone.logits[0]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("method", ["loramoe", "xlora"])
+def test_a_named_expert_for_each_sequence(method: str) -> None:
+    """Asked for by name, one for each sequence; None is the base alone."""
+    model, mixture = converted(method)
+    with mixture.using(adapters=["2", None]):
+        together = assert_cache_changes_nothing(model, num_beams=4, num_return_sequences=2)
+    for row, name in enumerate(["2", None]):
+        with mixture.using(adapters=[name]):
+            alone = generate(model, {"input_ids": torch.tensor([PROMPTS[row]])}, num_beams=4, num_return_sequences=2)
+        own = slice(2 * row, 2 * row + 2)
+        assert alone.sequences[:, -NEW_TOKENS:].tolist() == together.sequences[own, -NEW_TOKENS:].tolist()
+    with mixture.disabled():
+        base = generate(model, {"input_ids": torch.tensor([PROMPTS[1]])}, num_beams=4, num_return_sequences=2)
+    assert_same(torch.stack(alone.logits), torch.stack(base.logits))
+
+
 @pytest.mark.parametrize(("architecture", "method"), ELSEWHERE)
 def test_other_architectures(architecture: str, method: str) -> None:
     model, mixture = converted(method, architecture)
