@@ -6,12 +6,13 @@ experts in proportion to exp(entropy of the layer's load), its effective number 
 """
 
 import math
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from molex.errors import ConfigError
+from molex.losses import block_of
+from molex.stats import LayerStats
 
 SHAPES: dict[str, tuple[int, int, int, int]] = {
     "rectangle": (5, 5, 5, 5),
@@ -31,13 +32,15 @@ def allocate(num_layers: int, num_experts: int, allocation: str | Sequence[int] 
     """
     if allocation is None:
         return [num_experts] * num_layers
-    counts = _named_shape(allocation) if isinstance(allocation, str) else tuple(allocation)
+    if isinstance(allocation, str):
+        return _by_group(_named_shape(allocation), num_layers)
+    counts = tuple(allocation)
     if any(not isinstance(count, int) or count < 1 for count in counts):
         raise ConfigError(f"allocation={allocation!r}: every layer needs a whole number of experts, at least 1")
     if len(counts) == num_layers:
         return list(counts)
-    if len(counts) == 4 and num_layers >= 4:
-        return [counts[group] for group in _groups(num_layers)]
+    if len(counts) == 4 and num_layers > 4:
+        return _by_group(counts, num_layers)
     raise ConfigError(
         f"allocation has {len(counts)} entries, the model has {num_layers} layers; "
         f"give one per layer, four (one per group of layers), or a shape: {', '.join(SHAPES)}"
@@ -50,27 +53,39 @@ def _named_shape(name: str) -> tuple[int, ...]:
     return SHAPES[name]
 
 
-def _groups(num_layers: int) -> list[int]:
+def _by_group(counts: Sequence[int], num_layers: int) -> list[int]:
     sizes = [num_layers // 4 + (group < num_layers % 4) for group in range(4)]
-    ends = list(accumulate(sizes))
-    return [next(group for group, end in enumerate(ends) if layer < end) for layer in range(num_layers)]
+    return [count for count, size in zip(counts, sizes, strict=True) for _ in range(size)]
 
 
-def usage_budget(loads: Sequence[Tensor], total: int) -> list[int]:
-    """Splits `total` experts over layers by measured load: loads[l] (E_l,) are token counts or shares.
+def usage_budget(usage: Mapping[str, LayerStats] | Sequence[Tensor], total: int) -> list[int]:
+    """Splits `total` experts over layers by measured load; the result is an allocation.
 
-    Largest remainder on exp(entropy), at least 1 per layer. Raises ConfigError when total < number of layers.
+    usage: `mixture.stats()` (the linears of a transformer block count as one layer, with the mean of their needs; plain
+    LoRAs do not count), or each layer's token counts or shares (E_l,). Largest remainder on exp(entropy), at least 1
+    per layer. Raises ConfigError when total < number of layers, or where a load is empty or not finite.
     """
-    if total < len(loads):
-        raise ConfigError(f"a budget of {total} experts cannot give each of {len(loads)} layers one")
-    needs = [_effective_experts(load) for load in loads]
-    spare = total - len(loads)
+    needs = _needs_of_blocks(usage) if isinstance(usage, Mapping) else [_effective_experts(load) for load in usage]
+    if total < len(needs):
+        raise ConfigError(f"a budget of {total} experts cannot give each of {len(needs)} layers one")
+    spare = total - len(needs)
     shares = [spare * need / sum(needs) for need in needs]
     counts = [1 + math.floor(share) for share in shares]
-    by_remainder = sorted(range(len(loads)), key=lambda layer: math.floor(shares[layer]) - shares[layer])
+    by_remainder = sorted(range(len(needs)), key=lambda layer: math.floor(shares[layer]) - shares[layer])
     for layer in by_remainder[: total - sum(counts)]:
         counts[layer] += 1
     return counts
+
+
+def _needs_of_blocks(stats: Mapping[str, LayerStats]) -> list[float]:
+    blocks: dict[str, list[float]] = {}
+    for name, layer in stats.items():
+        needs = blocks.setdefault(block_of(name), [])
+        if len(layer.counts) > 1:
+            needs.append(_effective_experts(layer.counts))
+    if not blocks:
+        raise ConfigError("no usage was measured: run some batches, then pass mixture.stats()")
+    return [sum(needs) / len(needs) if needs else 1.0 for needs in blocks.values()]
 
 
 def _effective_experts(load: Tensor) -> float:
