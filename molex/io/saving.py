@@ -55,11 +55,10 @@ def gather(mixture: Mixture, state_dict: Mapping[str, Tensor] | None = None) -> 
         if absent:
             raise StateError(f"the state_dict to save lacks the mixture's {listed(absent)}")
         named = {name: state_dict[name] for name in named}
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
-    empty = [name for name, tensor in whole.items() if tensor.numel() == 0 or tensor.is_meta]
+    empty = [name for name, tensor in named.items() if tensor.numel() == 0 or tensor.is_meta]
     if empty:
         raise StateError(f"{listed(empty)} hold no values here (sharded or on the meta device); pass state_dict=")
-    return _unshared(whole)
+    return _unshared({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()})
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -32,7 +32,13 @@ def of_preset(name: str, model: PreTrainedModel | None = None, **overrides: Any)
 
 
 def logits(mixture: Mixture) -> Tensor:
-    """What the model says to a fixed batch whose two sequences are of tasks 0 and 1; evaluation mode."""
+    """What the model says to a fixed batch whose two sequences are of tasks 0 and 1; evaluation mode.
+
+    Weights move to fresh memory first: the stock loader maps them from the file at odd addresses, where CPU products
+    round differently.
+    """
+    for parameter in mixture.model.parameters():
+        parameter.data = parameter.data.clone()
     batch = {k: v for k, v in batch_for(mixture.model.eval()).items() if k != "labels"}
     if mixture.model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = batch["input_ids"][:, :4]

@@ -71,7 +71,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         "has unexpected stray",
     ),
     "both": (lambda f: change_tensors(f, lambda t: t.update(stray=t.pop(A))), f"lacks {A} and has unexpected stray"),
-    "wrong shape": (lambda f: change_tensors(f, lambda t: t.update({A: t[A].T.clone()})), rf"{A} has shape \(32, 12\)"),
+    "wrong shape": (
+        lambda f: change_tensors(f, lambda t: t.update({A: t[A].T.contiguous()})),
+        rf"{A} has shape \(32, 12\)",
+    ),
     "wider dtype": (lambda f: change_tensors(f, lambda t: t.update({A: t[A].double()})), f"{A} is torch.float64"),
     "numbers for indices": (
         lambda f: change_tensors(
