@@ -19,10 +19,10 @@ def skills() -> dict[str, Skill]:
         "upper": (word, str.upper),
         "sort": (word, lambda s: "".join(sorted(s))),
         "shift": (word, lambda s: advance(s, 1)),
-        "ends": (word, lambda s: s[0] + s[-1]),
+        "ends": (lambda rng: word(rng, 4, 8), lambda s: s[0] + s[-1]),
         "inner": (word, lambda s: s[1:-1]),
         "vowels": (
-            lambda rng: word(rng, 3, 7) + rng.choice(VOWELS),
+            lambda rng: rng.choice("bdfgklmnprst") + word(rng, 2, 6) + rng.choice(VOWELS),
             lambda s: "".join(c for c in s if c in VOWELS),
         ),
         "min": (_even_word, min),
