@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from molex.io.files import listed
 from molex.io.record import CARD_FILE, MixtureRecord
 
 _MARK = "<!-- Written by molex, anew at each save: delete this line to keep your own text. -->"
@@ -38,7 +39,7 @@ def _table(record: MixtureRecord) -> list[str]:
         "method": record.config.method,
         "base": f"{record.base.class_name}, {record.num_parameters['base']:,} parameters",
         "experts per layer": spread,
-        "experts": ", ".join(record.experts),
+        "experts": listed(list(record.experts), limit=16),
         "layers converted": str(len(record.layers)),
         "parameters of the mixture": f"{record.num_parameters['stored']:,}",
     }

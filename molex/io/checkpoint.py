@@ -9,7 +9,7 @@ from torch import Tensor
 
 from molex.errors import CheckpointError
 from molex.io.files import Header, listed, read_headers, read_json, read_tensors
-from molex.io.record import CONFIG_FILE, TENSOR_FILE, LayerRecord, MixtureRecord, digest, frozen_experts
+from molex.io.record import CONFIG_FILE, TENSOR_FILE, LayerRecord, MixtureRecord, check_version, digest, frozen_experts
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 from molex.routers.staged import StagedRouter
@@ -36,13 +36,13 @@ def read_record(folder: Path) -> MixtureRecord:
     """Reads molex_config.json, and checks that the tensors beside it are of the same save."""
     refuse_foreign(folder)
     document = read_json(folder / CONFIG_FILE)
-    record = MixtureRecord.from_dict(document)
+    check_version(document)
     _, metadata = read_headers(folder / TENSOR_FILE)
     if metadata.get("molex") != digest(document):
         raise CheckpointError(
             f"{folder / CONFIG_FILE} and {TENSOR_FILE} are not of one save: one was edited or replaced; save again"
         )
-    return record
+    return MixtureRecord.from_dict(document)
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -93,6 +93,7 @@ def _load_base(
             revision=(revision or "main") if base.included else "main",
             dtype=base.dtype if dtype is None else dtype,
             device_map=device_map,
+            use_safetensors=True,
             output_loading_info=True,
         )
     except OSError as error:

@@ -60,6 +60,11 @@ class LayerRecord:
     stage: str | None = None
     frozen: int = 0
 
+    def __post_init__(self) -> None:
+        for number in (self.in_features, self.out_features, self.num_experts, self.frozen, *(self.ranks or ())):
+            if not isinstance(number, int) or number < 0:
+                raise TypeError(f"{number!r} in a layer's record is no count")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureRecord:
@@ -83,8 +88,7 @@ class MixtureRecord:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "MixtureRecord":
-        """Raises CheckpointError on a newer format, and on fields that are unknown, missing or of a wrong kind."""
-        _check_version(document)
+        """Raises CheckpointError on fields that are unknown, missing or of a wrong kind."""
         values = {name: value for name, value in document.items() if name != "format_version"}
         try:
             values["base"] = BaseRecord(**values["base"])
@@ -157,7 +161,8 @@ def _layer_record(layer: MixtureLinear, mixture: Mixture) -> LayerRecord:
     )
 
 
-def _check_version(document: Mapping[str, Any]) -> None:
+def check_version(document: Mapping[str, Any]) -> None:
+    """Raises CheckpointError on a file of no format of ours, or of a newer one."""
     version = document.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise CheckpointError(f"{CONFIG_FILE} has format_version {version!r}; it was not written by molex")

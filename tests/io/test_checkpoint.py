@@ -110,6 +110,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace('"top_k": 2', '"top_k": 1')),
         "are not of one save",
     ),
+    "a count of a wrong kind": (
+        lambda f: change_config(f, lambda d: d["layers"]["model.layers.0.mlp.up_proj"].update(num_experts="4")),
+        "'4' in a layer's record is no count",
+    ),
     "other targets": (lambda f: change_config(f, without_layer), "now mean other layers than when saved"),
     "other ranks": (
         lambda f: change_config(f, lambda d: d["layers"]["model.layers.0.mlp.up_proj"].update(ranks=[1, 2, 3, 4])),

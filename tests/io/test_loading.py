@@ -224,3 +224,12 @@ def test_revert_after_loading_gives_the_base(tmp_path: Path) -> None:
     molex.load(model, tmp_path).revert()
     assert same(snapshot(model), snapshot(before))
     assert "save_pretrained" not in vars(model)
+
+
+def test_a_base_of_other_files_than_safetensors_is_not_read(base: Path, tmp_path: Path) -> None:
+    mixture = of_preset("lora", LlamaForCausalLM.from_pretrained(base))
+    mixture.save(tmp_path / "out")
+    torch.save(tiny("llama").state_dict(), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        molex.load(tmp_path / "out")

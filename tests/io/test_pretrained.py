@@ -26,25 +26,23 @@ def stock(folder: Path, model_class: type[PreTrainedModel]) -> PreTrainedModel:
     return model
 
 
+TIED = {"tie_word_embeddings": True}
+
+
 @pytest.mark.parametrize(
-    ("architecture", "fields"),
+    ("preset", "architecture", "fields"),
     [
-        ("llama", {}),
-        ("llama", {"tie_word_embeddings": True}),
-        ("gpt2", {}),
-        ("gemma2", {}),
-        ("mamba", {}),
-        ("t5", {}),
-        ("t5_gated", {}),
-        ("bert_classifier", {}),
+        *[("lora", name, {}) for name in ("gpt2", "gemma2", "opt", "mamba2", "bert_classifier", "t5", "t5_gated")],
+        *[("mos", name, {}) for name in ("llama", "gpt2", "mamba", "t5")],
+        *[("xlora", name, {}) for name in ("llama", "mamba", "bert_classifier")],
+        ("mixlora", "llama", {}),
+        ("mixlora", "llama", TIED),
+        ("arrow", "llama", TIED),
     ],
 )
-@pytest.mark.parametrize("preset", ["lora", "xlora", "mos"])
 def test_the_folder_is_the_base_and_the_mixture(
     preset: str, architecture: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
-    if preset == "xlora" and architecture.startswith("t5"):
-        pytest.skip("X-LoRA reads last hidden states: no encoder-decoders")
     base = tiny(architecture, **fields)
     before = snapshot(base)
     mixture = of_preset(preset, base)
