@@ -73,7 +73,7 @@ class MixtureLinear(nn.Module):
 
     def decide(self, x: Tensor, context: RouteContext) -> Routing:
         if self.router is None:
-            return self.state.assigned[self.name]
+            return self.state.decided(self.name)
         return self.router(x.reshape(-1, x.shape[-1]), context)
 
     def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:

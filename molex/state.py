@@ -88,7 +88,8 @@ class MixtureState:
     def _current(self, layer: str, stack: str, x: Tensor, training: bool) -> RouteContext:
         context = self.stacks.get(stack)
         if context is None:
-            context = RouteContext((x.shape[0], x.shape[:-1].numel() // max(x.shape[0], 1)))
+            num_rows = x.shape[0] if x.dim() > 1 else 1
+            context = RouteContext((num_rows, x.shape[:-1].numel() // max(num_rows, 1)))
         tasks = None if self.tasks is None else spread_tasks(self.tasks, context)
         return dataclasses.replace(
             context,
@@ -98,6 +99,10 @@ class MixtureState:
             segment_ids=_beside(context.segment_ids, x),
             task_ids=_beside(tasks, x),
         )
+
+    def decided(self, layer: str) -> Routing:
+        """What the model-scope router decided for a layer; recomputation sees what forward saw."""
+        return self.trace[layer].routing if _recomputes() and layer in self.trace else self.assigned[layer]
 
     def requested(self, context: RouteContext, num_experts: int, num_heads: int, x: Tensor) -> Routing | None:
         """The routing a caller asked for, if any: one expert at weight 1 for each sequence, alike in every head.

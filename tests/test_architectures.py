@@ -26,7 +26,7 @@ def wake_experts(model: nn.Module) -> None:
     """B starts at zero; a trained one is not."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("lora_B"):
+            if name.endswith(("lora_B", "pool_B")):
                 parameter.normal_(std=0.1)
 
 
