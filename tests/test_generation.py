@@ -214,6 +214,21 @@ def test_prompt_lookup_accepts_and_rejects_as_greedy_does(method: str) -> None:
     assert max(sizes) > 1, "no candidate was ever tried"
 
 
+@pytest.mark.parametrize("method", ["mola", "mixlora", "xlora"])
+def test_static_caches_and_second_turns(method: str) -> None:
+    """A cache of fixed length, and one handed back and continued with a longer prompt."""
+    model, _ = converted(method)
+    dynamic = generate(model, padded(), num_beams=4)
+    static = generate(model, padded(), num_beams=4, cache_implementation="static")
+    assert static.sequences.tolist() == dynamic.sequences.tolist()
+    first = generate(model, {"input_ids": torch.tensor([PROMPTS[0]])})
+    longer = {"input_ids": torch.cat([first.sequences, torch.tensor([PROMPTS[1]])], dim=1)}
+    continued = generate(model, longer, past_key_values=first.past_key_values)
+    afresh = generate(model, longer)
+    assert continued.sequences.tolist() == afresh.sequences.tolist()
+    assert_same(torch.stack(continued.logits), torch.stack(afresh.logits))
+
+
 @pytest.mark.parametrize("method", ["mola", "mixlora", "moram"])
 def test_continuous_batching_equals_each_prompt_alone(method: str) -> None:
     """transformers packs all prompts into one row, with its own paged cache."""
