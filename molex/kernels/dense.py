@@ -8,7 +8,7 @@ moving tokens around, on CPU and GPU alike. Gate gradients of unchosen experts c
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from molex.kernels.base import Backend, backends
 from molex.kernels.columns import Columns
@@ -24,8 +24,26 @@ class Dense(Backend):
         return self.delta(rows, columns, one_slot)
 
     def delta(self, x: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None = None) -> Tensor:
-        hidden_TC = columns.shrink(x) if hidden is None else hidden
-        return expand(gate(hidden_TC, routing.gates(), columns), columns)
+        return expand(gated_hidden(x, columns, routing, hidden), columns)
+
+    def linear(
+        self,
+        x: Tensor,
+        base: nn.Module,
+        columns: Columns,
+        routing: Routing,
+        *,
+        dropped: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        y = base(x)
+        rows_TD = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
+        gated_TC = gated_hidden(rows_TD, columns, routing, hidden)
+        if y.dtype != columns.B.dtype:
+            return y + expand(gated_TC, columns).view(y.shape).to(y.dtype)
+        # one pass over y and one rounding less than a product and a sum
+        y_TO = torch.addmm(y.reshape(-1, y.shape[-1]), gated_TC.to(y.dtype), columns.B.T)
+        return y_TO.view(y.shape)
 
     def widen_delta(self, x: Tensor, columns: Columns, routing: Routing) -> Tensor:
         return expand(gate(columns.shrink(x), slot_gates(routing), columns), columns)
@@ -33,6 +51,12 @@ class Dense(Backend):
     def narrow_delta(self, streams: Tensor, columns: Columns, routing: Routing) -> Tensor:
         gated_KTC = gate(columns.shrink(streams), slot_gates(routing), columns)
         return expand(gated_KTC.sum(0), columns)
+
+
+def gated_hidden(x: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None) -> Tensor:
+    """(T, D) -> (T, C), float32 or wider."""
+    hidden_TC = columns.shrink(x) if hidden is None else hidden
+    return gate(hidden_TC, routing.gates(), columns)
 
 
 def gate(hidden: Tensor, gates: Tensor, columns: Columns) -> Tensor:

@@ -1,0 +1,82 @@
+"""Side by side in one process: interleaved timing, and a JSON line that says on what it ran."""
+
+import datetime
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleave(steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 5) -> dict[str, list[float]]:
+    """Seconds of every step in every round; each round runs all steps, in a random order.
+
+    By the clock on the wall; with one thread by the process' own, which other processes do not disturb.
+    """
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    names, times = [*steps], {name: [] for name in steps}
+    shuffle = random.Random(0).shuffle
+    for round_number in range(-warmup, rounds):
+        shuffle(names)
+        for name in names:
+            start = clock()
+            steps[name]()
+            if round_number >= 0:
+                times[name].append(clock() - start)
+    return times
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile and minimum, to four digits."""
+    deciles = statistics.quantiles(values, n=10)
+    found = {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[-1], "min": min(values)}
+    return {name: float(f"{value:.4g}") for name, value in found.items()}
+
+
+def ratios(over: list[float], under: list[float]) -> dict[str, float]:
+    """over / under, round by round: what disturbs the machine disturbs both."""
+    return summary([a / b for a, b in zip(over, under, strict=True)])
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions, commit; the load says how quiet the machine was."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "molex") else ""),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_1min": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+
+
+def write(table: str, row: Mapping[str, Any]) -> None:
+    """Appends a row to results/<table>.jsonl and prints it."""
+    line = json.dumps({**row, **machine()})
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{table}.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(line)
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parent.parent
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root).stdout.strip()
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
