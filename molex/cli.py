@@ -28,11 +28,17 @@ def molex() -> None:
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
+def methods(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/methods.md.")] = False,
+) -> None:
     """List the published methods that are presets: paper and equation."""
     rows = method_rows()
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    if markdown:
+        typer.echo(method_pages(rows))
         return
     table = Table("preset", "method", "equation", "scope", "experts", title="molex.preset(name, **overrides)")
     for row in rows:
@@ -51,9 +57,24 @@ def method_rows() -> list[dict[str, str]]:
         title, equation, _ = _doc_parts(python_inspect.getdoc(presets[name]) or "")
         config: MixtureConfig = presets[name]()
         scope = config.router.scope if config.router.scope == "model" else config.scope
-        experts = f"{config.num_experts} × {expert_kinds.name_of(type(config.experts))} r{config.rank}"
+        experts = f"{config.num_experts} x {expert_kinds.name_of(type(config.experts))} r{config.rank}"
         rows.append({"preset": name, "method": title, "equation": equation, "scope": scope, "experts": experts})
     return rows
+
+
+def method_pages(rows: list[dict[str, str]]) -> str:
+    """docs/methods.md: each preset's docstring and its own settings with their defaults."""
+    from molex.config import part_settings
+    from molex.presets import presets
+
+    pages = ["# Methods\n\nEvery preset, as its docstring has it. Written by `molex methods --markdown`; settings in"]
+    pages[0] += " common are\nin [converting.md](converting.md).\n"
+    for row in rows:
+        _, _, notes = _doc_parts(python_inspect.getdoc(presets[row["preset"]]) or "")
+        settings = ", ".join(f"`{k}={v!r}`" for k, v in part_settings(presets[row["preset"]]()).items())
+        pages.append(f"## {row['preset']}\n\n{row['method']}.\n\n    {row['equation']}\n")
+        pages.append(f"{notes}\n\nIts own settings: {settings or 'none'}.\n")
+    return "\n".join(pages).rstrip()
 
 
 def _doc_parts(doc: str) -> tuple[str, str, str]:
@@ -101,12 +122,12 @@ def _listing(title: str, value: Any) -> Table:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where tables, curves, heat map and mixtures go.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of the three compared methods.")] = 0,
+    steps: Annotated[int, typer.Option(help="Training steps of the three compared methods.")] = 300,
 ) -> None:
     """Turn a small dense model into mixtures by every method: train, compare, save, reload, generate. Offline."""
     from molex.workbench.demo import run_demo
 
-    run_demo(out, console, steps or None)
+    run_demo(out, console, steps)
 
 
 def main() -> None:

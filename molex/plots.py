@@ -40,6 +40,20 @@ def routing_heat_map(panels: Mapping[str, Loads], path: Path, title: str = "") -
     plt.close(figure)
 
 
+def bars(scores: Mapping[str, Sequence[float]], path: Path, reference: float) -> None:
+    """Mean and spread of each row's scores, best first, against a dashed reference."""
+    plt = _pyplot()
+    ordered = sorted(scores, key=lambda name: sum(scores[name]) / len(scores[name]))
+    means = [sum(scores[name]) / len(scores[name]) for name in ordered]
+    spreads = [float(torch.tensor(scores[name]).std(correction=0)) for name in ordered]
+    figure, axes = plt.subplots(figsize=(7, 0.3 * len(ordered) + 1), layout="constrained")
+    axes.barh(ordered, means, xerr=spreads)
+    axes.axvline(reference, linestyle="--", color="black")
+    axes.set(xlabel="exact match", xlim=(0, 1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def _padded(loads: Loads) -> Tensor:
     """(layers, most experts), NaN where a layer has fewer."""
     width = max(len(load) for load in loads.values())
@@ -55,7 +69,7 @@ def _short(layer: str) -> str:
     return ".".join([next((part for part in parts if part.isdigit()), ""), parts[-1]]).strip(".")
 
 
-def _pyplot():  # noqa: ANN202 (a module)
+def _pyplot():
     """matplotlib on its file backend. Raises ImportError that says what to install."""
     try:
         import matplotlib

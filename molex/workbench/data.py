@@ -7,7 +7,7 @@
 | `alpaca` | `instruction` "reverse", `input` "hello", `output` "olleh" |
 | `text` | `text` "reverse: hello\\n= olleh" |
 
-Every row also has `skill` (its name) and `task_id` (that name's position in the list that was asked for).
+Every row also has `skill` (its name) and `task_ids` (that name's position in the list that was asked for).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +60,7 @@ def dataset(names: Sequence[str], split: str, size: int, format: str = "prompt-c
         task_id = index % len(names)
         name = names[task_id]
         text, answer = known[name].sample(rngs[name], split)
-        rows.append({**FORMATS[format](name, text, answer), "skill": name, "task_id": task_id})
+        rows.append({**FORMATS[format](name, text, answer), "skill": name, "task_ids": task_id})
     return rows
 
 

@@ -5,13 +5,14 @@ from statistics import fmean
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from molex.workbench.data import question_and_answer
 
 
 def exact_match(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     batch_size: int = 128,
@@ -21,7 +22,7 @@ def exact_match(
 
 
 def exact_match_by_skill(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     batch_size: int = 128,
@@ -34,10 +35,12 @@ def exact_match_by_skill(
 
 
 def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """Greedy continuations of a left-padded batch of prompts, up to <eos>."""
-    batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(
+        next(model.parameters()).device
+    )
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -49,7 +52,7 @@ def answers(
 
 
 def _hits(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     batch_size: int,

@@ -31,9 +31,9 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Mapping[str, Any]],
     run: Run,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Callable[[int, float], bool | None] = lambda step, loss: None,
 ) -> list[float]:
-    """Trains on rows in their order and returns the task loss of every step."""
+    """Trains on rows in their order and returns the task loss of every step; on_step may return True to stop."""
     model, parameters = mixture.model, mixture.trainable_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=run.learning_rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, run.steps // 20), run.steps)
@@ -50,8 +50,11 @@ def fit(
         optimizer.zero_grad()
         mixture.step()
         losses.append(task_loss.item())
-        on_step(step, losses[-1])
+        if on_step(step, losses[-1]):
+            break
+        model.train()
     model.eval()
+    mixture.set_tasks(None)
     return losses
 
 
