@@ -3,13 +3,16 @@
 import torch
 from torch import nn
 
+from molex.sharding import whole_shape
+
 
 def features(base: nn.Module) -> tuple[int, int] | None:
     """(in, out) of anything that acts as a linear; None for other modules."""
     if isinstance(getattr(base, "in_features", None), int) and isinstance(getattr(base, "out_features", None), int):
         return base.in_features, base.out_features  # type: ignore[return-value]
     if type(base).__name__ == "Conv1D" and isinstance(base.weight, torch.Tensor):
-        return base.weight.shape[0], base.weight.shape[1]
+        num_in, num_out = whole_shape(base.weight)
+        return num_in, num_out
     return None
 
 

@@ -17,6 +17,11 @@ def num_elements(parameter: Tensor) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The whole parameter's shape."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 @contextmanager
 def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Inside, parameters that ZeRO-3 has partitioned are whole, to be read."""

@@ -17,6 +17,7 @@ from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, Route, exp
 from molex.experts.lora import LoRABank, everyone
 from molex.kernels import Columns, Form, Planner
 from molex.kernels.base import mix_streams
+from molex.sharding import gathered
 
 
 @expert_kinds.register("dora")
@@ -36,8 +37,9 @@ class DoRABank(LoRABank):
         weight = getattr(shape.base, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise TargetError(f"{shape.name}: DoRA experts need a float base weight; use experts='lora' here")
-        self.transposed = weight.shape[0] != shape.out_features or type(shape.base).__name__ == "Conv1D"
-        norms_EO = self.norms(weight.detach())
+        with gathered([weight]):
+            self.transposed = weight.shape[0] != shape.out_features or type(shape.base).__name__ == "Conv1D"
+            norms_EO = self.norms(weight.detach())
         self.magnitude = nn.Parameter(norms_EO.to(shape.dtype))
 
     @torch.no_grad()

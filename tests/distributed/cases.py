@@ -87,8 +87,8 @@ def train(
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module, mixture: molex.Mixture) -> Tensor:
+def logits(mixture: molex.Mixture) -> Tensor:
     """The first batch's logits, in evaluation mode."""
     batch, tasks_B = batches(0, 1)[0]
     mixture.set_tasks(tasks_B)
-    return model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return mixture.model.eval()(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits

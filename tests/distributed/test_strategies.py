@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import molex
@@ -14,8 +15,8 @@ from tests.distributed.launch import HERE, run_ranks
 from tests.models import tiny
 
 WORLD_SIZE = 2
-# measured: losses agree to 2e-15 in float64 and 4e-7 in float32; parameters to 1e-15 and 4e-7
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
+# measured: losses agree to 1e-15 in float64 and 5e-7 in float32, parameters to 4e-16 and 6e-8; they move by 1e-2
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6}
 PRECISION = {"ddp": torch.float64, "fsdp": torch.float64, "zero2": torch.float32, "zero3": torch.float32}
 GROUPS = (("ddp", "fsdp"), ("zero2", "zero3"))  # one start of the processes for each
 
@@ -82,14 +83,15 @@ def test_ranks_train_as_one_process_does(strategy: str, case: str, folders: _Run
     got = torch.tensor(written["losses"], dtype=torch.float64)
     torch.testing.assert_close(got, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
-    loaded = molex.load(tiny("llama").to(dtype), folder)
+    saved = load_file(folder / "molex.safetensors")
+    assert saved.keys() == mixture.state_dict().keys()
     for name, tensor in mixture.state_dict().items():
         torch.testing.assert_close(
-            loaded.state_dict()[name].to(tensor), tensor, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], msg=name
+            saved[name], tensor, rtol=0, atol=TOLERANCE[dtype], msg=lambda m, n=name: f"{n}: {m}"
         )
-    torch.testing.assert_close(
-        logits(loaded.model, loaded), logits(mixture.model, mixture), rtol=TOLERANCE[dtype], atol=10 * TOLERANCE[dtype]
-    )
+
+    loaded = molex.load(tiny("llama").to(dtype), folder)  # its routers are float32 again
+    torch.testing.assert_close(logits(loaded), logits(mixture), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

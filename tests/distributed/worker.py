@@ -87,6 +87,7 @@ def _deepspeed(model: nn.Module, mixture: molex.Mixture, zero: dict[str, Any]) -
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,  # by default DeepSpeed clips at 1
     }
     optimizer = torch.optim.SGD(mixture.trainable_parameters(), lr=LEARNING_RATE)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
