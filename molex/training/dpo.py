@@ -31,7 +31,7 @@ class MixtureDPOTrainer(MixtureTrainerMixin, DPOTrainer):
         # TRL loads no reference model where reference log-probabilities are precomputed
         self._precompute = args.precompute_ref_log_probs
         args.precompute_ref_log_probs = True
-        super().__init__(model, args, **rest)
+        super().__init__(model, args=args, **rest)
         args.precompute_ref_log_probs = self.precompute_ref_logps = self._precompute
         self.ref_model = _Base(self.mixture)
 
