@@ -60,8 +60,9 @@ def factors_of(layers: Mapping[str, Any], adapter: str) -> dict[str, tuple[Tenso
 def assert_same_training(
     model: Any, mixture: Mixture, pairs: dict[str, tuple[Tensor, Tensor]], **peft_inputs: Any
 ) -> None:
-    """Same logits, and the same gradient on every pair (PEFT's parameter, ours)."""
-    ours, theirs = mixture.model(**inputs()).logits, model(**inputs(), **peft_inputs).logits
+    """Same logits of real tokens, and the same gradient on every pair (PEFT's parameter, ours)."""
+    real = inputs()["attention_mask"].bool()  # padding has no task here, in PEFT it has its row's
+    ours, theirs = mixture.model(**inputs()).logits[real], model(**inputs(), **peft_inputs).logits[real]
     torch.testing.assert_close(ours, theirs, **NEAR)
     upstream = torch.randn_like(ours)
     got = torch.autograd.grad(ours, [mine for _, mine in pairs.values()], upstream)
@@ -187,7 +188,7 @@ def test_xlora(tmp_path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_arrow(tmp_path: Path, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs (and so coefficients) and prototypes. PEFT's 15 power iterations, from a random start and in float32, stop
+    """Outputs (and so coefficients) and prototypes. PEFT's 15 power iterations, from a random start in float32, stop
     short of the singular vector: run to the end they give ours, as they are they point roughly the same way."""
     short_run = ArrowLoraLinearLayer.top_right_singular_vec_from_BA
 
@@ -197,7 +198,8 @@ def test_arrow(tmp_path: Path, top_k: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ArrowLoraLinearLayer, "top_right_singular_vec_from_BA", to_the_end)
     arrow = peft.ArrowConfig(top_k=top_k, router_temperature=0.5, rng_seed=0)
     model: Any = peft.create_arrow_model(base(), saved_adapters(tmp_path, 4), arrow).double().eval()
-    settings = molex.preset("arrow", num_experts=4, rank=3, alpha=5, targets=TARGETS, top_k=top_k, temperature=0.5)
+    shape = {"num_experts": 4, "rank": 3, "alpha": 5, "targets": TARGETS}
+    settings = molex.preset("arrow", top_k=top_k, temperature=0.5, **shape)
     mixture = in_double(molex.convert(base(), settings))
     layers = wrapped(model, peft.tuners.lora.LoraLayer)
     adapters = [f"task_{index}" for index in range(4)]
