@@ -18,8 +18,8 @@ from tests.test_architectures import wake_experts
 SMALL = {"num_experts": 3, "rank": 4, "dropout": 0.0}
 
 
-def mixture_of(name: str = "llama", method: str = "mola", **overrides: object) -> Mixture:
-    model = tiny(name)
+def mixture_of(name: str = "llama", method: str = "mola", num_hidden_layers: int = 2, **overrides: object) -> Mixture:
+    model = tiny(name, num_hidden_layers=num_hidden_layers)
     mixture = molex.convert(model, molex.preset(method, **{**SMALL, **overrides}))
     wake_experts(model)
     return mixture
@@ -376,6 +376,18 @@ def test_reentrant_checkpointing_is_refused(method: str) -> None:
     model.enable_input_require_grads()
     with pytest.raises(StateError, match="use_reentrant"):
         model(**batch).loss.backward()
+
+
+@pytest.mark.parametrize("method", ["mola", "mixlora"])
+def test_one_compiled_graph_holds_the_trace(method: str) -> None:
+    mixture = mixture_of(method=method, num_hidden_layers=1)
+    batch = batch_for(mixture.model)
+    plain = gradients(mixture, batch, lambda: None)
+    eager, mixture.model = mixture.model, torch.compile(mixture.model, backend="aot_eager", fullgraph=True)
+    eager.zero_grad()
+    (mixture.model(**batch).loss + 10 * mixture.aux_loss()).backward()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(eager.get_parameter(name).grad, gradient, msg=name)
 
 
 # balance biases, empty experts

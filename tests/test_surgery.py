@@ -244,6 +244,12 @@ def test_an_offloaded_base(offload: Callable[[nn.Module, Path], nn.Module], meth
         model(**batch)
 
 
+def test_dora_needs_the_base_weight_at_hand() -> None:
+    model = offload_to_cpu(tiny("llama"), Path())
+    with pytest.raises(TargetError, match="DoRA experts read the base weight: it is offloaded"):
+        molex.convert(model, molex.preset("mixlora", experts="dora"))
+
+
 @pytest.mark.parametrize("method", ["mola", "mixlora", "smora", "meteora"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_master_weights_over_any_base(method: str, dtype: torch.dtype) -> None:

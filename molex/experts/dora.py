@@ -37,6 +37,8 @@ class DoRABank(LoRABank):
         weight = getattr(shape.base, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise TargetError(f"{shape.name}: DoRA experts need a float base weight; use experts='lora' here")
+        if weight.is_meta and shape.device.type != "meta":
+            raise TargetError(f"{shape.name}: DoRA experts read the base weight: it is offloaded; use experts='lora'")
         with gathered([weight]):
             self.transposed = weight.shape[0] != shape.out_features or type(shape.base).__name__ == "Conv1D"
             norms_EO = self.norms(weight.detach())
