@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from molex.errors import ConfigError
 from molex.experts import ExpertBank
 from molex.kernels import Form
 from molex.routers import Router
@@ -84,7 +85,9 @@ class MixtureLinear(nn.Module):
             learn(expert_id, A, B)
 
     def zero_factors(self, expert_id: int) -> tuple[Tensor, Tensor]:
-        """The factors of an expert that adds nothing here."""
+        """The factors of an expert that adds nothing here. Raises ConfigError on a wrong id."""
+        if not 0 <= expert_id < self.experts.num_experts:
+            raise ConfigError(f"{self.name}: expert {expert_id} of a bank of {self.experts.num_experts}")
         rank = self.experts.ranks[expert_id]
         return torch.zeros(rank, self.in_features), torch.zeros(self.out_features, rank)
 

@@ -22,7 +22,7 @@ from molex.layer import MixtureLinear
 from molex.losses import Decision, Trace
 from molex.reductions import add_up
 from molex.routers import Router
-from molex.routers.constant import ConstantRouter
+from molex.routers.constant import ConstantConfig, ConstantRouter
 from molex.sharding import num_elements, whole
 from molex.state import MixtureState
 from molex.stats import LayerStats, layer_stats, loads_of_all_ranks
@@ -115,11 +115,23 @@ class Mixture:
 
     def stats(self) -> dict[str, LayerStats]:
         """Load, entropy and dead experts of each routed layer in the last forward."""
-        return layer_stats(self.state.trace)
+        return layer_stats({name: d for name, d in self.state.trace.items() if not self._plain(name)})
+
+    def _plain(self, name: str) -> bool:
+        """Whether a layer has one ordinary LoRA beside the routed ones, which is no expert of the mixture."""
+        return isinstance(self.layers[name].router, ConstantRouter) and not isinstance(
+            self.config.router, ConstantConfig
+        )
 
     def set_tasks(self, task_ids: Tensor | Sequence[int] | None) -> None:
-        """Task ids of the batches to come, (B,) or (B, S); they stay until changed, since backward may recompute."""
-        self.state.tasks = None if task_ids is None else torch.as_tensor(task_ids, dtype=torch.long)
+        """Task ids of the batches to come, (B,) or (B, S); they stay until changed, since backward may recompute.
+
+        Raises ConfigError on any other shape.
+        """
+        tasks = None if task_ids is None else torch.as_tensor(task_ids, dtype=torch.long)
+        if tasks is not None and tasks.dim() not in (1, 2):
+            raise ConfigError(f"task_ids has shape {tuple(tasks.shape)}; give one task id for each sequence or token")
+        self.state.tasks = tasks
 
     @contextmanager
     def using(
@@ -146,7 +158,7 @@ class Mixture:
             raise ConfigError(f"no expert {name!r}; this mixture has: {', '.join(self.experts)}")
         expert_id = self.experts.index(name)
         for layer_name, layer in self.layers.items():
-            if expert_id >= layer.experts.num_experts and not isinstance(layer.router, ConstantRouter):
+            if expert_id >= layer.experts.num_experts and not self._plain(layer_name):
                 raise ConfigError(f"{layer_name} has no expert {name!r}, only {layer.experts.num_experts}")
         return expert_id
 
@@ -169,17 +181,18 @@ class Mixture:
             self.state.steps = before
 
     def load_expert(self, expert_id: int, name: str, factors: Factors, scale: float) -> None:
-        """Puts a pretrained LoRA in an expert's place in every layer; a layer it lacks gets a zero expert there.
+        """Puts a pretrained LoRA in an expert's place in every layer; a routed layer it lacks gets a zero expert there.
 
         Raises TargetError on a layer this mixture does not have, ConfigError on a wrong id or shape.
         """
         unknown = sorted(set(factors) - set(self.layers))
         if unknown:
             raise TargetError(f"expert {name!r} has layers that are not converted: {', '.join(unknown[:5])}")
-        missing = [layer_name for layer_name in self.layers if layer_name not in factors]
+        filled = {n: layer for n, layer in self.layers.items() if n in factors or not self._plain(n)}
+        missing = len(filled) - len(factors)
         if missing:
-            logger.warning("expert %r has no %d of %d layers; they add nothing", name, len(missing), len(self.layers))
-        for layer_name, layer in self.layers.items():
+            logger.warning("expert %r has no %d of %d layers; they add nothing", name, missing, len(filled))
+        for layer_name, layer in filled.items():
             A, B = factors.get(layer_name) or layer.zero_factors(expert_id)
             layer.load_expert(expert_id, name, A, B, scale)
 

@@ -68,7 +68,6 @@ class RouteContext:
     token_mask: Tensor | None = None  # bool, True = a real token; None = all are
     task_ids: Tensor | None = None  # int64
     segment_ids: Tensor | None = None  # int64, counts sequences through a packed batch
-    request: Tensor | None = None  # int64, the expert a caller asked for; -1 = let the router decide
     layer: str = ""
     training: bool = False
     activations: Tensor | None = None  # (T, C) = A x, only for routers that route on it

@@ -16,7 +16,7 @@ from molex.errors import StateError
 from molex.kernels import Planner
 from molex.losses import Decision
 from molex.routing import RouteContext, Routing
-from molex.tokens import read_encoder, read_tokens, spread_tasks
+from molex.tokens import read_encoder, read_tokens, spread_ids
 
 
 class MixtureState:
@@ -90,7 +90,7 @@ class MixtureState:
         if context is None:
             num_rows = x.shape[0] if x.dim() > 1 else 1
             context = RouteContext((num_rows, x.shape[:-1].numel() // max(num_rows, 1)))
-        tasks = None if self.tasks is None else spread_tasks(self.tasks, context)
+        tasks = None if self.tasks is None else spread_ids(self.tasks, context)
         return dataclasses.replace(
             context,
             layer=layer,
@@ -111,7 +111,7 @@ class MixtureState:
         """
         if self.request is None:
             return None
-        ids_T = spread_tasks(self.request, dataclasses.replace(context, token_mask=None)).to(x.device)
+        ids_T = spread_ids(self.request, dataclasses.replace(context, token_mask=None), "adapters").to(x.device)
         ids_T = ids_T.clamp(max=0) if num_experts == 1 else ids_T
         ids_TK = ids_T[:, None] + num_experts * torch.arange(num_heads, device=x.device)
         ids_TK = ids_TK.where(ids_T[:, None] >= 0, -1)

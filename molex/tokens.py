@@ -46,21 +46,20 @@ def read_encoder(arguments: dict[str, Any]) -> RouteContext | None:
     return RouteContext((num_rows, length), _last_columns(mask, num_rows, length))
 
 
-def spread_tasks(tasks: Tensor, context: RouteContext) -> Tensor:
-    """Per-sequence (B,) or per-token (B, S) task ids -> (T,); repeated over beams, continued while decoding.
+def spread_ids(ids: Tensor, context: RouteContext, kind: str = "task ids") -> Tensor:
+    """Per-sequence (B,) or per-token (B, S) ids -> (T,); repeated over beams, continued while decoding, 0 on padding.
 
     Raises StateError where the rows or columns do not fit the batch.
     """
     num_rows, length = context.shape
-    repeats, left = divmod(num_rows, tasks.shape[0])
-    if left:
-        raise StateError(f"task ids for {tasks.shape[0]} sequences, the batch has {num_rows}; set one for each, or None")
-    per_row = tasks.repeat_interleave(repeats, dim=0)
+    if len(ids) == 0 or num_rows % len(ids):
+        raise StateError(f"{kind} for {len(ids)} sequences, the batch has {num_rows}; set one for each, or None")
+    per_row = ids.repeat_interleave(num_rows // len(ids), dim=0)
     if per_row.dim() == 1:
         per_row = per_row[:, None].expand(-1, length)
     elif per_row.shape[1] != length:
         if length > 1:
-            raise StateError(f"task ids for {per_row.shape[1]} positions, the batch has {length}")
+            raise StateError(f"{kind} for {per_row.shape[1]} positions, the batch has {length}")
         per_row = per_row[:, -1:]
     flat = per_row.flatten()
     return flat if context.token_mask is None else flat.where(context.token_mask, 0)
