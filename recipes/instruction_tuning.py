@@ -6,7 +6,7 @@
 
 A YAML file holds the same names as the flags, and flags win. Besides the fields below there are all of TRL's SFTConfig
 (packing, assistant_only_loss, max_length, bf16, deepspeed, ...). The output folder gets the mixture, the tokenizer and
-`run.yaml`, which runs the same again.
+`run.yaml`, which runs the same again, and `trainer_state.json` with everything that was logged.
 """
 
 import json
@@ -87,7 +87,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     metrics = trainer.evaluate() if eval_rows is not None else trainer.state.log_history[-1]
     trainer.save_model()
-    example = generate_example(trainer, tokenizer, next(iter(train_rows if eval_rows is None else eval_rows)))
+    trainer.save_state()
+    example = generate_example(trainer, tokenizer, dict(next(iter(train_rows if eval_rows is None else eval_rows))))
     if trainer.is_world_process_zero():
         write_run(mixed, data, training)
         report(mixture, metrics, example, training.output_dir)
@@ -177,7 +178,7 @@ def generate_example(trainer: MixtureSFTTrainer, tokenizer: PreTrainedTokenizerB
             prompt_ids, attention_mask=torch.ones_like(prompt_ids), max_new_tokens=64, do_sample=False
         )[0]
     length = prompt_ids.shape[1]
-    return tokenizer.decode(ids[:length]), tokenizer.decode(ids[length:], skip_special_tokens=True)
+    return str(tokenizer.decode(ids[:length])), str(tokenizer.decode(ids[length:], skip_special_tokens=True))
 
 
 def prompt_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -10,21 +10,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import molex
-from tests.distributed.cases import CASES, LEARNING_RATE, build, logits, train
+from tests.distributed.cases import CASES, DTYPES, LEARNING_RATE, build, logits, train
 from tests.distributed.launch import HERE, run_ranks
 from tests.models import tiny
 
 WORLD_SIZE = 2
-# measured: losses agree to 1e-15 in float64 and 5e-7 in float32, parameters to 4e-16 and 6e-8; they move by 1e-2
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6}
-PRECISION = {"ddp": torch.float64, "fsdp": torch.float64, "zero2": torch.float32, "zero3": torch.float32}
 GROUPS = (("ddp", "fsdp"), ("zero2", "zero3"))  # one start of the processes for each
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
     reason="DeepSpeed is not installed: pip install 'molex[scale]' --no-build-isolation (it needs a C++ compiler)",
 )
-STRATEGIES = [pytest.param(name, marks=needs_deepspeed if name.startswith("zero") else ()) for name in PRECISION]
+STRATEGIES = [pytest.param(name, marks=needs_deepspeed if name.startswith("zero") else ()) for name in DTYPES]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ class _Alone:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranks_train_as_one_process_does(strategy: str, case: str, folders: _Runs, alone: _Alone) -> None:
-    dtype = PRECISION[strategy]
+    dtype = DTYPES[strategy]
     losses, mixture = alone.of(case, dtype)
     folder = folders.of(strategy) / case
     written = json.loads((folder / "run.json").read_text())
@@ -90,8 +88,9 @@ def test_ranks_train_as_one_process_does(strategy: str, case: str, folders: _Run
             saved[name], tensor, rtol=0, atol=TOLERANCE[dtype], msg=lambda m, n=name: f"{n}: {m}"
         )
 
-    loaded = molex.load(tiny("llama").to(dtype), folder)  # its routers are float32 again
-    torch.testing.assert_close(logits(loaded), logits(mixture), rtol=1e-5, atol=1e-5)
+    if dtype == torch.float32:
+        loaded = molex.load(tiny("llama"), folder)
+        torch.testing.assert_close(logits(loaded), logits(mixture), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

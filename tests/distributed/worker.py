@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import molex
-from tests.distributed.cases import CASES, LEARNING_RATE, ROWS, build, train
+from tests.distributed.cases import CASES, DTYPES, LEARNING_RATE, ROWS, build, train
 
 Loop = tuple[Callable[..., Any], Callable[[Tensor], None], Callable[[], None]]  # forward, backward, update
 
@@ -102,7 +102,5 @@ STRATEGIES: dict[str, Callable[[nn.Module, molex.Mixture], Loop]] = {
     "zero2": zero2,
     "zero3": zero3,
 }
-DTYPES = {"ddp": torch.float64, "fsdp": torch.float64, "zero2": torch.float32, "zero3": torch.float32}
-
 if __name__ == "__main__":
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
