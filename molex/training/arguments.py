@@ -31,7 +31,7 @@ class MixtureArguments:
             raise ConfigError(f"routing_logs={self.routing_logs!r}; choose from {', '.join(RoutingLogs.__args__)}")
         for suffix in ("", "_kwargs"):
             old, new = f"gradient_checkpointing{suffix}", f"activation_checkpointing{suffix}"
-            if getattr(self, new) is None:
+            if getattr(self, new, False) is None:
                 setattr(self, new, getattr(self, old))
         super().__post_init__()  # type: ignore[misc]
 

@@ -44,15 +44,11 @@ class MixtureDPOTrainer(MixtureTrainerMixin, DPOTrainer):
 
 
 class _Base:
-    """The mixture's base, called as a model; what the policy's forward routed stays recorded."""
+    """The mixture's base, called as a model. What the policy's forward routed stays recorded."""
 
     def __init__(self, mixture: Mixture):
         self.mixture = mixture
 
     def __call__(self, **inputs: Any) -> Any:
-        state = self.mixture.state
-        trace = state.trace
         with self.mixture.disabled():
-            outputs = self.mixture.model(**inputs)
-        state.trace = trace
-        return outputs
+            return self.mixture.model(**inputs)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from molex.errors import ConfigError
@@ -35,13 +36,13 @@ else:
 class MixtureTrainerMixin(Trainer):
     """Put it before a `transformers.Trainer` child whose model is a mixture.
 
-    Raises StateError on a model that is not converted, ConfigError on re-entrant checkpointing.
+    Raises StateError on a model that is not converted, ConfigError on re-entrant checkpointing and nn.DataParallel.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._train_routing, self._eval_routing = RoutingLog(), RoutingLog()
         super().__init__(*args, **kwargs)
-        _refuse_reentrant(self.args)
+        _check(self.args)
         _ = self.mixture
 
     @property
@@ -71,7 +72,7 @@ class MixtureTrainerMixin(Trainer):
 
     def _accumulation_left(self, num_items_in_batch: Tensor | int | None) -> int:
         """By what the trainer will not divide the loss any more: the rule of Trainer.training_step."""
-        scaled = self.loss_is_scaled_for_ga
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)  # transformers 5.19
         if scaled is None:
             counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = counted or self.compute_loss_func is not None
@@ -148,9 +149,16 @@ class MixtureTrainerMixin(Trainer):
         load_into(self.mixture, directory)
 
 
-def _refuse_reentrant(args: Any) -> None:
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+def _check(args: TrainingArguments) -> None:
+    """Raises ConfigError on arguments under which a mixture would silently train wrongly."""
+    for name in ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"):  # the second until transformers 6
+        if (getattr(args, name, None) or {}).get("use_reentrant"):
+            raise ConfigError(
+                f"{name} asks for re-entrant checkpointing, which corrupts router gradients; "
+                "set 'use_reentrant' to False or leave it out"
+            )
+    if args.n_gpu > 1:
         raise ConfigError(
-            "re-entrant activation checkpointing corrupts router gradients; "
-            "set activation_checkpointing_kwargs={'use_reentrant': False} or leave it out"
+            f"{args.n_gpu} GPUs in one process train by nn.DataParallel, whose replicas share one routing record; "
+            "start one process for each with torchrun or accelerate launch, or make one GPU visible"
         )

@@ -39,10 +39,11 @@ class MixtureSFTTrainer(MixtureTrainerMixin, SFTTrainer):
         if packing:
             whole.max_length = None  # packing cuts to length itself
         prepared = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        workers: dict[str, Any] = {"num_proc": args.dataset_num_proc} if isinstance(prepared, Dataset) else {}
         if not packing:
-            return prepared.map(_cut_tasks, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"})
-        rows = prepared.map(_spread_tasks).select_columns(["input_ids", "labels", TASKS])
-        packed = pack_dataset(rows, args.max_length, args.packing_strategy)  # type: ignore[type-var, arg-type]
+            return prepared.map(_cut_tasks, fn_kwargs={"keep_end": args.truncation_mode == "keep_end"}, **workers)
+        rows = prepared.map(_spread_tasks, **workers).select_columns(["input_ids", "labels", TASKS])
+        packed = pack_dataset(rows, args.max_length, args.packing_strategy, workers)  # type: ignore[type-var, arg-type]
         return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import molex
@@ -224,3 +225,9 @@ def test_without_losses_nothing_is_added(tmp_path: Path) -> None:
 def test_a_model_that_is_no_mixture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="not converted"):
         MixtureTrainer(tiny("llama"))
+
+
+def test_data_parallel_replicas_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ConfigError, match="torchrun"):
+        trainer_of("trainer", mixture_of("mixlora"), tmp_path, texts(4))

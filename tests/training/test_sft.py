@@ -43,6 +43,14 @@ def test_every_token_has_the_task_of_its_text(arguments: dict[str, Any], tmp_pat
     assert mixture.state.tasks is not None
 
 
+@pytest.mark.parametrize("name", ["plain", "bfd", "wrapped"])
+def test_streamed_tokens_have_the_tasks_of_their_texts(name: str, tmp_path: Path) -> None:
+    stream = telling().to_iterable_dataset()
+    trainer = trainer_of("sft", mixture_of("mtlora", num_experts=4), tmp_path, stream, max_steps=3, **PACKINGS[name])
+    trainer.train()
+    assert _letters_checked(trainer) >= 15
+
+
 def test_per_token_ids_pass_through_and_are_cut_with_their_tokens(tmp_path: Path) -> None:
     rows = [{"input_ids": [120, 121, 122, 120, 121, 122, 122], "task_ids": [0, 1, 2, 0, 1, 2, 2]} for _ in range(4)]
     for arguments in ({}, {"max_length": 5}, {"max_length": 4, "truncation_mode": "keep_end"}, PACKINGS["bfd_split"]):
