@@ -21,6 +21,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils.import_utils import is_torch_bf16_gpu_available
 from trl.data_utils import maybe_convert_to_chatml
 from trl.scripts.utils import TrlParser
 
@@ -70,6 +71,13 @@ class DataSettings:
     skill_rows: int = field(default=4000, metadata={"help": "How many rows of skills; a tenth more to evaluate on."})
 
 
+@dataclass
+class TrainingSettings(MixtureSFTConfig):
+    """How it learns: SFTConfig with a mixture's own fields. TRL's default, bf16 always, fails on CPUs."""
+
+    bf16: bool = field(default=is_torch_bf16_gpu_available(), metadata={"help": "By default where the GPU can."})
+
+
 def main() -> None:
     """Load, convert, train, evaluate, save, show."""
     mixed, data, training = read_arguments()
@@ -94,9 +102,9 @@ def main() -> None:
         report(mixture, metrics, example, training.output_dir)
 
 
-def read_arguments(arguments: list[str] | None = None) -> tuple[MixtureSettings, DataSettings, MixtureSFTConfig]:
+def read_arguments(arguments: list[str] | None = None) -> tuple[MixtureSettings, DataSettings, TrainingSettings]:
     """Flags over YAML over defaults. Raises ValueError on names that nothing has."""
-    parser = TrlParser((MixtureSettings, DataSettings, MixtureSFTConfig))  # type: ignore[arg-type]
+    parser = TrlParser((MixtureSettings, DataSettings, TrainingSettings))  # type: ignore[arg-type]
     return parser.parse_args_and_config(arguments)  # type: ignore[return-value]
 
 
@@ -194,7 +202,7 @@ def prompt_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     return tokenizer(text, return_tensors="pt")["input_ids"]  # type: ignore[return-value]
 
 
-def write_run(mixed: MixtureSettings, data: DataSettings, training: MixtureSFTConfig) -> None:
+def write_run(mixed: MixtureSettings, data: DataSettings, training: TrainingSettings) -> None:
     """Every setting as it was resolved; `--config run.yaml` reads it."""
     known = {f for f in training.__dataclass_fields__ if training.__dataclass_fields__[f].init}
     resolved = {name: value for name, value in training.to_dict().items() if name in known}

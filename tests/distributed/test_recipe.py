@@ -15,7 +15,7 @@ from tests.distributed.launch import HERE, run
 ROOT = HERE.parents[1]
 COMMANDS = re.findall(r"^torchrun --nproc_per_node 2 (.*)$", (ROOT / "recipes" / "README.md").read_text(), re.M)
 GLOBAL_BATCH = 4
-SHORT = "--max_steps 3 --skill_rows 20 --logging_steps 1 --bf16 false --save_strategy no --learning_rate 1e-2"
+SHORT = "--max_steps 3 --skill_rows 20 --logging_steps 1 --save_strategy no --learning_rate 1e-2"
 SETTINGS = "--set num_experts=2 top_k=1 rank=4 dropout=0 balance_coefficient=0.1"
 
 needs_deepspeed = pytest.mark.skipif(
