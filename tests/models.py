@@ -1,4 +1,4 @@
-"""Tiny random transformers models, one for each architecture that molex promises to convert.
+"""Tiny random transformers models, one for each architecture that molex promises to convert, and mixtures of them.
 
 tiny("llama")   tiny("gpt2", num_hidden_layers=4)   tiny("bert_classifier")
 
@@ -9,7 +9,7 @@ are the fields of the architecture's own config; `num_hidden_layers` works for a
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,6 +18,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
+
+import molex
+from molex.mixture import Mixture
 
 VOCABULARY = 64
 
@@ -91,6 +94,25 @@ def batch_for(model: PreTrainedModel, rows: int = 2, length: int = 7) -> dict[st
     if model.config.is_encoder_decoder:
         return {"input_ids": ids_BS, "labels": torch.randint(3, VOCABULARY, (rows, 5), generator=generator)}
     return {"input_ids": ids_BS, "labels": ids_BS}
+
+
+SMALL = {"num_experts": 3, "rank": 4, "dropout": 0.0}
+
+
+def mixture_of(name: str = "llama", method: str = "mola", num_hidden_layers: int = 2, **overrides: Any) -> Mixture:
+    """A small mixture whose experts do something."""
+    model = tiny(name, num_hidden_layers=num_hidden_layers)
+    mixture = molex.convert(model, molex.preset(method, **{**SMALL, **overrides}))
+    wake_experts(model)
+    return mixture
+
+
+def wake_experts(model: nn.Module) -> None:
+    """B starts at zero; a trained one is not."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_B", "pool_B")):
+                parameter.normal_(std=0.1)
 
 
 def _auto_class(model_type: str) -> Any:

@@ -9,7 +9,7 @@ import molex
 from molex.architectures import ROLES
 from molex.errors import TargetError
 from molex.mixture import Mixture
-from tests.models import ARCHITECTURES, CAUSAL, ENCODER_DECODER, STATE_SPACE, WITH_FFN, batch_for, tiny
+from tests.models import ARCHITECTURES, CAUSAL, ENCODER_DECODER, STATE_SPACE, WITH_FFN, batch_for, tiny, wake_experts
 
 LINEAR = {"targets": "all", "num_experts": 4, "top_k": 2, "rank": 4, "dropout": 0.0}
 CASES = [(name, "mola") for name in ARCHITECTURES] + [(name, "mixlora") for name in WITH_FFN]
@@ -20,14 +20,6 @@ def converted(model: nn.Module, method: str) -> Mixture:
     if method == "mola":
         return molex.convert(model, molex.preset("mola", **LINEAR))
     return molex.convert(model, molex.preset("mixlora", num_experts=4, rank=4, dropout=0.0))
-
-
-def wake_experts(model: nn.Module) -> None:
-    """B starts at zero; a trained one is not."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("lora_B", "pool_B")):
-                parameter.normal_(std=0.1)
 
 
 def fingerprint(model: nn.Module) -> dict[str, object]:

@@ -11,8 +11,8 @@ from torch import nn
 
 import molex
 from molex.errors import ConfigError, MolexError, StateError, TargetError
-from tests.models import batch_for, tiny
-from tests.test_architectures import fingerprint, wake_experts
+from tests.models import batch_for, tiny, wake_experts
+from tests.test_architectures import fingerprint
 
 REFUSED: dict[str, tuple[str, str, dict, type[MolexError], str]] = {
     "a pattern that matches nothing": ("llama", "lora", {"targets": "q_pro"}, TargetError, "known names: q_proj"),

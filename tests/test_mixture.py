@@ -1,0 +1,117 @@
+"""The handle: named experts for each sequence, the base alone, plain LoRAs, balance biases, dead experts."""
+
+import pytest
+import torch
+
+import molex
+from molex.errors import ConfigError, StateError
+from tests.models import SMALL, batch_for, mixture_of, tiny, wake_experts
+
+
+@pytest.mark.parametrize("method", ["mola", "mixlora", "hydralora", "poly", "mhr", "lora-mixer", "arrow", "dynmole"])
+def test_each_sequence_under_an_expert_of_its_own(method: str) -> None:
+    mixture = mixture_of(method=method, **({"top_k": 2} if method in ("lora-mixer", "arrow") else {}))
+    model, ids_BS = mixture.model, torch.arange(3, 11).view(2, 4).repeat(2, 1)
+    with torch.no_grad():
+        with mixture.using(adapters=["2", None, "0", "1"]):
+            mixed = model(ids_BS).logits
+        with mixture.disabled():
+            base = model(ids_BS).logits
+        torch.testing.assert_close(mixed[1], base[1])
+        with mixture.using(adapters=[None] * 4):
+            assert torch.equal(model(ids_BS).logits, base)
+        for row, name in ((0, "2"), (2, "0"), (3, "1")):
+            with mixture.using(adapters=name):
+                alone = model(ids_BS[row : row + 1]).logits
+            torch.testing.assert_close(mixed[row : row + 1], alone)
+            assert not torch.allclose(mixed[row], base[row])
+
+
+@pytest.mark.parametrize("method", ["mola", "mixlora"])
+def test_one_expert_is_its_weights_added_to_the_base(method: str) -> None:
+    mixture = mixture_of(method=method)
+    ids_BS = batch_for(mixture.model)["input_ids"]
+    merged = tiny("llama")
+    with torch.no_grad():
+        for name, layer in mixture.layers.items():
+            expert_id = 2 if layer.experts.num_experts > 1 else 0
+            merged.get_submodule(name).weight += layer.experts.materialize(expert_id)
+        with mixture.using(adapters="2"):
+            torch.testing.assert_close(mixture.model(ids_BS).logits, merged(ids_BS).logits)
+
+
+def test_an_expert_that_is_not_there() -> None:
+    mixture = mixture_of()
+    with pytest.raises(ConfigError, match=r"no expert 'law'; this mixture has: 0, 1, 2"), mixture.using(adapters="law"):
+        pass
+    layered = mixture_of(allocation=(2, 3))
+    with pytest.raises(ConfigError, match=r"layers\.0\.\S* has no expert '2', only 2"), layered.using(adapters="2"):
+        pass
+    assert mixture.state.request is None
+    with mixture.using(adapters=["0", "1"]), pytest.raises(StateError, match="adapters for 2 sequences"):
+        mixture.model(torch.full((3, 2), 5))
+
+
+@pytest.mark.parametrize("method", ["mola", "mixlora", "xlora", "smora", "mos"])
+def test_disabled_is_the_base_bit_for_bit(method: str) -> None:
+    model = tiny("llama", num_hidden_layers=8).requires_grad_(False)
+    batch = batch_for(model)
+    base = model(**batch).logits
+    small = {} if method in ("smora", "mos") else SMALL
+    mixture = molex.convert(model, molex.preset(method, **small))
+    with torch.no_grad():
+        for parameter in mixture.trainable_parameters():
+            parameter.normal_(std=0.1)
+    wake_experts(model)
+    for training in (False, True):
+        model.train(training)
+        loss = model(**batch).loss
+        trace = mixture.state.trace
+        with mixture.disabled(), torch.no_grad():
+            assert torch.equal(model(**batch).logits, base)
+        assert mixture.state.trace is trace
+        assert trace
+        assert not torch.equal(model(**batch).logits, base)
+        (loss + mixture.aux_loss()).backward()
+
+
+def test_plain_loras_are_no_experts_of_the_mixture() -> None:
+    """MixLoRA's attention: left alone when an expert is loaded, and out of the statistics."""
+    mixture = mixture_of(method="mixlora")
+    plain = {name: layer.experts.lora_B.clone() for name, layer in mixture.layers.items() if "attn" in name}
+    routed = {name: layer for name, layer in mixture.layers.items() if name not in plain}
+    factors = {name: (torch.ones(4, x.in_features), torch.ones(x.out_features, 4)) for name, x in routed.items()}
+    mixture.load_expert(2, "law", factors, 1.0)
+    assert mixture.experts == ["0", "1", "law"]
+    assert all(torch.equal(mixture.layers[name].experts.lora_B, B) for name, B in plain.items())
+    mixture.model(torch.full((2, 3), 5))
+    assert set(mixture.stats()) < set(routed)
+    with pytest.raises(ConfigError, match="expert 3 of a bank of 3"):
+        mixture.load_expert(3, "art", {}, 1.0)
+
+
+def test_biases_move_only_in_step() -> None:
+    mixture = mixture_of(method="smora", num_experts=8, top_k=2, rank=1)
+    model = mixture.model.train()
+    batch = batch_for(model)
+    biases = {name: layer.router.bias.clone() for name, layer in mixture.layers.items()}
+    model(**batch).loss.backward()
+    assert all(torch.equal(mixture.layers[name].router.bias, bias) for name, bias in biases.items())
+    mixture.step()
+    assert not any(torch.equal(mixture.layers[name].router.bias, bias) for name, bias in biases.items())
+
+
+@pytest.mark.parametrize("method", ["mola", "mixlora"])
+@pytest.mark.parametrize("backend", ["reference", "dense", "grouped"])
+def test_experts_that_nobody_chose(method: str, backend: str) -> None:
+    mixture = mixture_of(method=method, top_k=1, rank=8, backend=backend)
+    with torch.no_grad():
+        for layer in mixture.layers.values():
+            if layer.router is not None:
+                for parameter in layer.router.parameters():
+                    parameter.zero_()  # ties: every token to one expert
+    model = mixture.model.train()
+    (model(**batch_for(model)).loss + mixture.aux_loss()).backward()
+    routed = [stats for stats in mixture.stats().values() if len(stats.counts) > 1]
+    assert all(len(stats.dead) == 2 and stats.entropy == 0 for stats in routed)
+    assert all(p.grad.isfinite().all() for p in mixture.trainable_parameters())
