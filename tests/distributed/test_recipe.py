@@ -20,7 +20,7 @@ SETTINGS = "--set num_experts=2 top_k=1 rank=4 dropout=0 balance_coefficient=0.1
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
-    reason="DeepSpeed is not installed: pip install 'molex[scale]' --no-build-isolation (it needs a C++ compiler)",
+    reason="DeepSpeed is not installed: pip install -c constraints.txt -e '.[dev,scale]'",
 )
 
 

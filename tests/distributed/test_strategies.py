@@ -20,7 +20,7 @@ GROUPS = (("ddp", "fsdp"), ("zero2", "zero3"))  # one start of the processes for
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None,
-    reason="DeepSpeed is not installed: pip install 'molex[scale]' --no-build-isolation (it needs a C++ compiler)",
+    reason="DeepSpeed is not installed: pip install -c constraints.txt -e '.[dev,scale]'",
 )
 STRATEGIES = [pytest.param(name, marks=needs_deepspeed if name.startswith("zero") else ()) for name in DTYPES]
 
