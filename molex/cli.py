@@ -122,7 +122,7 @@ def _listing(title: str, value: Any) -> Table:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where tables, curves, heat map and mixtures go.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of the three compared methods.")] = 300,
+    steps: Annotated[int, typer.Option(help="Training steps of the three compared methods.")] = 100,
 ) -> None:
     """Turn a small dense model into mixtures by every method: train, compare, save, reload, generate. Offline."""
     from molex.workbench.demo import run_demo

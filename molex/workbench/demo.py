@@ -75,7 +75,7 @@ class Demo:
         self._train_experts()
         for name in presets:
             if name not in COMPARED and name != "lora-mixer":
-                self._finish(*self._train(name, max(2, self.steps // 15)))
+                self._finish(*self._train(name, max(2, self.steps // 10)))
         self.console.print(_method_table(self.results))
         self._write(base)
         return self.results
@@ -110,7 +110,7 @@ class Demo:
         for layer in mixture.layers.values():
             assert isinstance(layer.router, StagedRouter)
             layer.router.stage = "soft"
-        result = self._fit(mixture, "lora-mixer", max(2, self.steps // 15))
+        result = self._fit(mixture, "lora-mixer", max(2, self.steps // 10))
         self._finish(mixture, result)
 
     def _finish(self, mixture: Mixture, result: Result) -> None:
