@@ -42,4 +42,4 @@ class Columns(NamedTuple):
 
 def columns_of(ranks: tuple[int, ...]) -> Tensor:
     """expert_of_column (C,) for experts of these ranks."""
-    return torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+    return torch.tensor([expert_id for expert_id, rank in enumerate(ranks) for _ in range(rank)])
