@@ -47,7 +47,7 @@ class Arguments:
     out: str = field(default="runs/compare", metadata={"help": "Where cells, table and plot go."})
     skills: str = field(default="", metadata={"help": "Comma-separated; all of the workbench's by default."})
     rows: str = field(default="", metadata={"help": "Comma-separated row names; all by default."})
-    budget: int = field(default=200_000, metadata={"help": "Trainable parameters of every row, as near as it gets."})
+    budget: int = field(default=600_000, metadata={"help": "Trainable parameters of every row, as near as it gets."})
     steps: int = field(default=2000, metadata={"help": "Most training steps of a cell."})
     check_every: int = field(default=200, metadata={"help": "Steps between looks at validation."})
     learning_rates: str = field(default="2e-3,5e-3,1e-2", metadata={"help": "Tried on the first seed."})
@@ -76,7 +76,7 @@ def at_budget(row: str, num_skills: int, budget: int) -> MixtureConfig:
         assert isinstance(rank, int)
         return config.override({"rank": rank, "alpha": 2.0 * rank, "train_experts": False})
     dial = DIALS.get(preset_name, "rank")
-    sized = (_sized(config, dial, value) for value in range(8 if dial == "num_experts" else 1, 129))
+    sized = (_sized(config, dial, value) for value in range(16 if dial == "num_experts" else 1, 129))
     return min(sized, key=lambda candidate: abs(count(candidate) - budget))
 
 
