@@ -2,8 +2,9 @@
 
     python -m benchmarks.expert_loop [--dtype bfloat16] [--rounds 200]
 
-loop        for each expert: where -> index_select -> A, B -> times the weight -> index_add   (MoLA, MixLoRA)
-kind_loop   the same with the weights applied to the R-wide hidden, which those codes do not do
+loop        for each expert: where -> index_select -> A, B -> times the weight -> index_add_   (MixLoRA's code)
+mola_loop   for each expert: y[tokens] += weight * B(A(x[tokens]))                             (MoLA's code)
+kind_loop   `loop` with the weights applied to the R-wide hidden, which neither code does
 No base product and no dropout on either side; master weights are float32 and are cast where the dtype is narrower.
 """
 
@@ -71,7 +72,18 @@ def expert_loop(i: Inputs, kind: bool = False) -> Tensor:
         weights_N = i.weights[tokens_N, slots_N, None].to(i.x.dtype)
         hidden_NR = F.linear(i.x.index_select(0, tokens_N), A_ERD[expert_id].to(i.x.dtype))
         y_NO = F.linear(hidden_NR * weights_N if kind else hidden_NR, B_EOR[expert_id].to(i.x.dtype))
-        y_TO = y_TO.index_add(0, tokens_N, y_NO if kind else y_NO * weights_N)
+        y_TO.index_add_(0, tokens_N, y_NO if kind else y_NO * weights_N)
+    return y_TO
+
+
+def mola_loop(i: Inputs) -> Tensor:
+    A_ERD, B_EOR = i.A.unflatten(0, (-1, i.shape.rank)), i.B.unflatten(1, (-1, i.shape.rank)).movedim(1, 0)
+    y_TO = i.x.new_zeros(i.shape.num_tokens, i.shape.num_out)
+    for expert_id in range(i.shape.num_experts):
+        tokens_N, slots_N = torch.where(i.expert_ids == expert_id)
+        hidden_NR = F.linear(i.x[tokens_N], A_ERD[expert_id].to(i.x.dtype))
+        y_NO = F.linear(hidden_NR, B_EOR[expert_id].to(i.x.dtype))
+        y_TO[tokens_N] += i.weights[tokens_N, slots_N, None].to(i.x.dtype) * y_NO
     return y_TO
 
 
@@ -88,6 +100,7 @@ def through(backend: str) -> Method:
 
 METHODS: dict[str, Method] = {
     "loop": expert_loop,
+    "mola_loop": mola_loop,
     "kind_loop": lambda i: expert_loop(i, kind=True),
     "dense": through("dense"),
     "grouped": through("grouped"),
@@ -128,8 +141,7 @@ def main() -> None:
             "dtype": arguments.dtype,
             "rounds": arguments.rounds,
             "milliseconds": {name: summary([1e3 * t for t in seconds]) for name, seconds in times.items()},
-            "loop_over_dense": ratios(times["loop"], times["dense"]),
-            "kind_loop_over_dense": ratios(times["kind_loop"], times["dense"]),
+            **{f"{name}_over_dense": ratios(times[name], times["dense"]) for name in METHODS if "loop" in name},
         },
     )
 
