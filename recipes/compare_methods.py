@@ -1,6 +1,6 @@
 """Every method on the same skills at the same budget of trainable parameters: `make compare`.
 
-    python recipes/compare_methods.py --skills upper,triple,inner,ends --steps 600 --out runs/compare
+    python recipes/compare_methods.py --skills upper,triple,inner,ends --steps 600 --out runs/comparison
 
 Each row is trained on all skills at once until validation is flat (or --steps), with its own best of --learning_rates
 (chosen on validation, first seed), then with every seed; scores are exact match on test questions. Rows under half of
@@ -26,6 +26,7 @@ import torch
 from transformers import HfArgumentParser, LlamaForCausalLM
 
 from molex.config import MixtureConfig
+from molex.errors import ConfigError
 from molex.io.loading import load
 from molex.mixture import Mixture
 from molex.plots import bars
@@ -44,7 +45,7 @@ TOKENIZER = load_tokenizer()
 class Arguments:
     """What to run; the defaults are the full comparison, hours on two cores."""
 
-    out: str = field(default="runs/compare", metadata={"help": "Where cells, table and plot go."})
+    out: str = field(default="docs/comparison", metadata={"help": "Where cells, table and plot go."})
     skills: str = field(default="", metadata={"help": "Comma-separated; all of the workbench's by default."})
     rows: str = field(default="", metadata={"help": "Comma-separated row names; all by default."})
     budget: int = field(default=600_000, metadata={"help": "Trainable parameters of every row, as near as it gets."})
@@ -208,6 +209,19 @@ def run_cell(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[s
     return json.loads(path.read_text())
 
 
+def same_comparison(out: Path, arguments: Arguments) -> None:
+    """Notes what the folder's cells were run with. Raises ConfigError where they were run with something else."""
+    keys = ("skills", "budget", "steps", "check_every", "test")
+    wanted = {key: getattr(arguments, key) for key in keys}
+    path = out / "arguments.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(json.dumps(wanted, indent=1) + "\n")
+    found = json.loads(path.read_text())
+    if found != wanted:
+        raise ConfigError(f"{out} holds cells of {found}, not of {wanted}; choose another --out")
+
+
 def run_row(bench: Bench, name: str) -> list[dict[str, Any]]:
     """A row's seeds at its best learning rate; the first entry also knows which."""
     rates = [float(rate) for rate in bench.arguments.learning_rates.split(",")]
@@ -242,6 +256,7 @@ def main() -> None:
     wanted = arguments.rows.split(",") if arguments.rows else list(ROWS)
     wanted.sort(key=lambda name: name in OVER_ADAPTERS)  # their experts come from lora-mixer's row
     bench = Bench(names, arguments, Path(arguments.out))
+    same_comparison(bench.out, arguments)
     oracles = [run_cell(bench.out, f"oracle {skill}", lambda skill=skill: bench.oracle(skill)) for skill in names]
     oracle = fmean(cell["test"] for cell in oracles)
     rows: dict[str, list[dict[str, Any]]] = {}
