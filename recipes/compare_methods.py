@@ -63,7 +63,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "mola: hourglass": ("mola", {"allocation": "hourglass"}),
     "mola: diamond": ("mola", {"allocation": "diamond"}),
     "dynmole: plain top-2": ("dynmole", {"router": {"kind": "topk", "top_k": 2}, "losses": ()}),
-    "smora: 8 blocks, top-1": ("mola", {"allocation": None, "num_experts": 8, "top_k": 1}),
+    "smora: 8 blocks": ("mola", {"allocation": None, "num_experts": 8, "top_k": 1}),
 }
 DIALS = {"smora": "num_experts", "flylora": "num_experts", "moram": "num_experts", "mos": "pool_rank"}
 
