@@ -37,9 +37,6 @@ class LayerStats:
     def dead(self) -> list[int]:
         return (self.counts == 0).nonzero().flatten().tolist()
 
-    def __add__(self, other: "LayerStats") -> "LayerStats":
-        return LayerStats(self.counts + other.counts, self.tokens + other.tokens)
-
 
 @torch.no_grad()
 def slot_counts(decision: Decision) -> Tensor:

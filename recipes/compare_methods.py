@@ -234,7 +234,7 @@ def run_row(bench: Bench, name: str) -> list[dict[str, Any]]:
     return [{"rate": best, **tried[best]}, *more]
 
 
-def table(bench: Bench, rows: dict[str, list[dict[str, Any]]], oracle: float) -> str:
+def table(rows: dict[str, list[dict[str, Any]]], oracle: float) -> str:
     """The rows as a Markdown table, best first."""
     lines = [
         "| row | test exact match | seeds | learning rate | stored | trainable | active |",
@@ -262,7 +262,7 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in wanted:
         rows[name] = run_row(bench, name)
-        text = f"Single-skill oracle: {oracle:.3f}\n\n{table(bench, rows, oracle)}\n"
+        text = f"Single-skill oracle: {oracle:.3f}\n\n{table(rows, oracle)}\n"
         (bench.out / "table.md").write_text(text)
         bars({n: [c["test"] for c in cells] for n, cells in rows.items()}, bench.out / "table.png", oracle)
     for name in ("lora", "flylora") if len(names) > 1 else ():

@@ -20,12 +20,11 @@ from molex.routing import RouteContext, Routing
 
 
 class Router(Exact, ABC):
-    """`needs_activations`: ctx.activations must hold A x. `needs_tasks`: ctx.task_ids must be set. `growable`: experts
-    added later can be chosen, because nothing here is sized by their number."""
+    """`needs_activations`: ctx.activations must hold A x. `growable`: experts added later can be chosen, because
+    nothing here is sized by their number."""
 
     growable: ClassVar[bool] = False
     needs_activations: ClassVar[bool] = False
-    needs_tasks: ClassVar[bool] = False
 
     def __init__(self, num_experts: int):
         super().__init__()

@@ -36,8 +36,6 @@ class PolytroponConfig(RouterConfig):
 class PolytroponRouter(Router):
     """task_logits (tasks, heads · E), U(±1e-3) at the start. Routes over heads · E entries, head-major."""
 
-    needs_tasks = True
-
     def __init__(self, config: PolytroponConfig, num_experts: int):
         super().__init__(config.num_heads * num_experts)
         self.config = config

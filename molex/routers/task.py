@@ -36,7 +36,6 @@ class TaskConfig(RouterConfig):
 class TaskRouter(Router):
     """No parameters; task ids come with the tokens."""
 
-    needs_tasks = True
     growable = True
 
     def __init__(self, config: TaskConfig, num_experts: int):

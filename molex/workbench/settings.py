@@ -4,7 +4,7 @@ a method's experts are tasks. The demo and the tests convert with these."""
 from typing import Any
 
 from molex.config import MixtureConfig
-from molex.presets import preset, presets
+from molex.presets import preset
 
 OVER_ADAPTERS = ("meteora", "xlora", "arrow")  # presets whose experts are loaded, not trained
 
@@ -35,8 +35,3 @@ def workbench_preset(name: str, num_skills: int) -> MixtureConfig:
 def task_types(name: str) -> int | None:
     """How many task ids a method tells apart, where that is not the number of skills: LoRAMoE's types are two."""
     return 2 if name == "loramoe" else None
-
-
-def trained_presets() -> list[str]:
-    """The presets that learn experts of their own, in their order."""
-    return [name for name in presets if name not in OVER_ADAPTERS]
