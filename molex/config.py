@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from molex.errors import ConfigError
+from molex.errors import ConfigError, check_choice
 from molex.experts import ExpertsConfig, expert_kinds
 from molex.experts.lora import LoRAConfig
 from molex.losses import Loss, losses
@@ -54,8 +54,8 @@ class MixtureConfig:
             value = getattr(self, name)
             if isinstance(value, list) or (isinstance(value, str) and name.endswith(("targets", "train"))):
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        _check_choice("scope", self.scope, ("linear", "ffn"))
-        _check_choice("scaling", self.scaling, Scaling.__args__)
+        check_choice("scope", self.scope, ("linear", "ffn"))
+        check_choice("scaling", self.scaling, Scaling.__args__)
         if not isinstance(self.num_experts, int) or self.num_experts < 1:
             raise ConfigError(f"num_experts={self.num_experts!r}: a whole number, at least 1")
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
@@ -130,11 +130,6 @@ def part_settings(config: MixtureConfig) -> dict[str, Any]:
     """The settings of a configuration's router, experts and losses, flat, with their values."""
     parts = (config.router, config.experts, *config.losses)
     return {name: value for part in parts for name, value in dataclasses.asdict(part).items()}
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r}; choose from {', '.join(choices)}")
 
 
 def _per_expert(name: str, value: Any, num_experts: int) -> tuple[Any, ...]:
