@@ -5,13 +5,11 @@ of one micro-batch (a differentiable all-reduce), so data parallelism does not c
 does slightly, since each micro-batch has its own means.
 """
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,38 +18,7 @@ from torch import Tensor
 from molex.errors import ConfigError, StateError, check_choice
 from molex.reductions import add_up, all_ranks, masked_mean
 from molex.registry import Registry
-from molex.routing import RouteContext, Routing
-
-
-class Decision(NamedTuple):
-    """One layer's routing and what it was made from."""
-
-    routing: Routing
-    context: RouteContext
-
-    def mask(self) -> Tensor:
-        """(T,) float, 1 for real tokens."""
-        mask_T = self.context.token_mask
-        weights_TK = self.routing.weights
-        return weights_TK.new_ones(weights_TK.shape[0]) if mask_T is None else mask_T.to(weights_TK.dtype)
-
-    def scored(self) -> Tensor:
-        """The logits (T, E). Raises StateError where the router scored nothing."""
-        if self.routing.logits is None:
-            raise StateError(f"{self.context.layer}: this loss reads router logits, and this router has none")
-        return self.routing.logits
-
-    def to(self, device: torch.device) -> "Decision":
-        """The same on another device, with gradient."""
-        ids_TK, weights_TK, logits_TE, num_experts = self.routing
-        logits_TE = None if logits_TE is None else logits_TE.to(device)
-        routing = Routing(ids_TK.to(device), weights_TK.to(device), logits_TE, num_experts)
-        context = {name: getattr(self.context, name) for name in ("token_mask", "task_ids", "segment_ids")}
-        moved = {name: field.to(device) for name, field in context.items() if field is not None}
-        return Decision(routing, dataclasses.replace(self.context, **moved))
-
-
-Trace = Mapping[str, Decision]
+from molex.routing import Decision, Trace
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ from molex.config import MixtureConfig
 from molex.errors import ConfigError, StateError, TargetError
 from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
-from molex.losses import Decision, Trace
 from molex.reductions import add_up
 from molex.routers import Router
 from molex.routers.constant import ConstantConfig, ConstantRouter
+from molex.routing import Decision, Trace
 from molex.sharding import num_elements, whole
 from molex.state import MixtureState
 from molex.stats import LayerStats, layer_stats, loads_of_all_ranks

@@ -1,4 +1,4 @@
-"""Routing: the only thing that travels from a router to the experts, and what a router may know.
+"""Routing: the only thing that travels from a router to the experts; what a router may know; what a forward records.
 
 Every method of the field is the one equation
 
@@ -13,11 +13,15 @@ Shapes, as suffixes of local names throughout molex:
 Parameters and fields carry no suffix, because they become checkpoint keys.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from molex.errors import StateError
 
 
 class Routing(NamedTuple):
@@ -42,6 +46,11 @@ class Routing(NamedTuple):
         """Folds the experts' scales (E,) into the weights."""
         scale_TK = scale.to(self.weights.dtype)[self.expert_ids.clamp(min=0)]
         return self._replace(weights=self.weights * scale_TK)
+
+    def to(self, device: torch.device) -> "Routing":
+        """The same on another device, with gradient."""
+        logits_TE = None if self.logits is None else self.logits.to(device)
+        return Routing(self.expert_ids.to(device), self.weights.to(device), logits_TE, self.num_experts)
 
     def check(self) -> None:
         """States the invariants; raises AssertionError. Tests call it for every router."""
@@ -77,6 +86,34 @@ class RouteContext:
         if self.segment_ids is not None:
             return self.segment_ids
         return torch.arange(self.shape[0], device=device).repeat_interleave(self.shape[1])
+
+
+class Decision(NamedTuple):
+    """One layer's routing and what it was made from."""
+
+    routing: Routing
+    context: RouteContext
+
+    def mask(self) -> Tensor:
+        """(T,) float, 1 for real tokens."""
+        mask_T = self.context.token_mask
+        weights_TK = self.routing.weights
+        return weights_TK.new_ones(weights_TK.shape[0]) if mask_T is None else mask_T.to(weights_TK.dtype)
+
+    def scored(self) -> Tensor:
+        """The logits (T, E). Raises StateError where the router scored nothing."""
+        if self.routing.logits is None:
+            raise StateError(f"{self.context.layer}: this loss reads router logits, and this router has none")
+        return self.routing.logits
+
+    def to(self, device: torch.device) -> "Decision":
+        """The same on another device, with gradient."""
+        context = {name: getattr(self.context, name) for name in ("token_mask", "task_ids", "segment_ids")}
+        moved = {name: field.to(device) for name, field in context.items() if field is not None}
+        return Decision(self.routing.to(device), dataclasses.replace(self.context, **moved))
+
+
+Trace = Mapping[str, Decision]  # layer name -> what was decided there in one forward
 
 
 def dense_routing(weights: Tensor, logits: Tensor | None) -> Routing:

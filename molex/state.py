@@ -14,8 +14,7 @@ from torch import Tensor
 
 from molex.errors import StateError
 from molex.kernels import Planner
-from molex.losses import Decision
-from molex.routing import RouteContext, Routing
+from molex.routing import Decision, RouteContext, Routing
 from molex.tokens import read_encoder, read_tokens, spread_ids
 
 

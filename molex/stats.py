@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from molex.losses import Decision, Trace
 from molex.reductions import all_ranks
+from molex.routing import Decision, Trace
 
 
 @dataclass(frozen=True)

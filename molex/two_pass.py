@@ -22,7 +22,6 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from molex.errors import StateError
 from molex.layer import MixtureLinear
 from molex.routers.scalings import ScalingsRouter
-from molex.routing import Routing
 from molex.state import MixtureState
 from molex.tokens import bound_arguments
 
@@ -58,7 +57,7 @@ class TwoPass:
         hidden = self._first_pass(stack, arguments)
         hidden_TD = hidden.reshape(-1, hidden.shape[-1]).to(next(self.router.parameters()).device)
         routings = zip(self.layers.items(), self.router.decide(hidden_TD), strict=True)
-        self.state.assigned = {name: _beside(layer, routing) for (name, layer), routing in routings}
+        self.state.assigned = {name: routing.to(layer.experts.scale.device) for (name, layer), routing in routings}
 
     def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Puts the first pass's layers into the cache the caller gets back; also where the forward failed."""
@@ -121,10 +120,3 @@ def _num_seen(cache: Cache) -> int:
     if cache.layers and all(cache.is_linear):
         return int(cache.has_previous_state())
     return int(cache.get_seq_length())
-
-
-def _beside(layer: MixtureLinear, routing: Routing) -> Routing:
-    """The routing on the layer's device."""
-    device = layer.experts.scale.device
-    logits = None if routing.logits is None else routing.logits.to(device)
-    return Routing(routing.expert_ids.to(device), routing.weights.to(device), logits, routing.num_experts)

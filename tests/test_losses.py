@@ -9,17 +9,15 @@ from torch import Tensor
 
 from molex.errors import ConfigError, StateError
 from molex.losses import (
-    Decision,
     Entropy,
     LoadBalance,
     LocalizedBalance,
     SpecialisationBalance,
     TaskCrossEntropy,
-    Trace,
     losses,
     normalised_entropy,
 )
-from molex.routing import RouteContext, Routing
+from molex.routing import Decision, RouteContext, Routing, Trace
 from tests import equations as eq
 from tests.cases import LOSSES, LossCase
 

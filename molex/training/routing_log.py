@@ -13,8 +13,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from molex.losses import Trace, block_of
+from molex.losses import block_of
 from molex.reductions import all_ranks
+from molex.routing import Trace
 from molex.stats import LayerStats, slot_counts
 from molex.training.arguments import RoutingLogs
 

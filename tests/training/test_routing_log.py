@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from molex.losses import Decision
-from molex.routing import RouteContext, Routing
+from molex.routing import Decision, RouteContext, Routing
 from molex.training.routing_log import RoutingLog
 from tests.training.small import mixture_of, texts, trainer_of
 
