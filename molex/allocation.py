@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from molex.architectures import block_of
+from molex.entropy import shannon_entropy
 from molex.errors import ConfigError
-from molex.losses import block_of
 from molex.stats import LayerStats
 
 SHAPES: dict[str, tuple[int, int, int, int]] = {
@@ -92,4 +93,4 @@ def _effective_experts(load: Tensor) -> float:
     share = load.double() / load.sum()
     if not share.isfinite().all():
         raise ConfigError("a layer's measured load is empty or not finite; run some batches first")
-    return float((-(share * share.clamp(min=1e-300).log()).sum()).exp())
+    return float(shannon_entropy(share).exp())

@@ -1,4 +1,5 @@
-"""Which linears of a model are its attention, its feed-forward block and its state-space mixer.
+"""What module names say: which linears are a model's attention, feed-forward block and state-space mixer, and which
+transformer block they lie in.
 
 Presets name roles ("attention", "ffn", "ssm", "all"); this table says what they are called in each architecture.
 A pattern is a dotted suffix of a module name, each component a shell pattern: "q_proj", "layer.*.output.dense".
@@ -41,6 +42,12 @@ ROLES: dict[str, Roles] = {
     "mamba2": Roles(ssm=("mixer.in_proj", "mixer.out_proj")),
 }
 ROLE_NAMES = (*Roles._fields, "all")
+
+
+def block_of(name: str) -> str:
+    """The transformer block a module name lies in: "model.layers.3.mlp.up_proj" -> "model.layers.3"."""
+    parts = name.split(".")
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), "")
 
 
 def matches(name: str, pattern: str) -> bool:

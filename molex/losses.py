@@ -5,7 +5,6 @@ of one micro-batch (a differentiable all-reduce), so data parallelism does not c
 does slightly, since each micro-batch has its own means.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from molex.architectures import block_of
+from molex.entropy import check_entropy_index, normalised_entropy
 from molex.errors import ConfigError, StateError, check_choice
 from molex.reductions import add_up, all_ranks, masked_mean
 from molex.registry import Registry
@@ -203,32 +204,6 @@ class SpecialisationBalance(Loss):
         probability_E, frequency_E, entropy = means.split([num_experts, num_experts, 1])
         sign = -1 if self.entropy_sign == "paper" else 1
         return (probability_E * frequency_E).sum() + sign * self.entropy_weight * entropy[0]
-
-
-def check_entropy_index(name: str, q: float) -> None:
-    """Raises ConfigError unless 0 < q <= 2. Beside q = 1 the entropy's eps, divided by q − 1, would be all there is."""
-    if not 0 < q <= 2 or 0 < abs(q - 1) < 0.01:
-        raise ConfigError(f"{name}={q} must be above 0 and at most 2, and 1 itself or 0.01 away from it")
-
-
-def normalised_entropy(probs: Tensor, q: float, eps: float = 1e-5) -> Tensor:
-    """Tsallis entropy of probs (..., E) over its maximum, so in [0, 1]; q = 1 is Shannon's.
-
-    S_q = (1 − Σ (p + eps)^q) / (q − 1),   S_max = (1 − E^(1−q)) / (q − 1)
-    """
-    num_experts = probs.shape[-1]
-    if num_experts == 1:
-        return torch.zeros_like(probs[..., 0])
-    shifted = probs + eps
-    if q == 1:
-        return -(shifted * shifted.log()).sum(-1) / math.log(num_experts)
-    return (1 - shifted.pow(q).sum(-1)) / (1 - num_experts ** (1 - q))
-
-
-def block_of(name: str) -> str:
-    """The transformer block a module name lies in: "model.layers.3.mlp.up_proj" -> "model.layers.3"."""
-    parts = name.split(".")
-    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), "")
 
 
 def _by_block(trace: Trace) -> list[list[Decision]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from molex.entropy import shannon_entropy
 from molex.reductions import all_ranks
 from molex.routing import Decision, Trace
 
@@ -30,8 +31,7 @@ class LayerStats:
     def entropy(self) -> float:
         if len(self.counts) == 1:
             return 1.0
-        load = self.load.double()
-        return float(-(load * load.clamp(min=1e-300).log()).sum() / math.log(len(load)))
+        return float(shannon_entropy(self.load.double()) / math.log(len(self.counts)))
 
     @property
     def dead(self) -> list[int]:

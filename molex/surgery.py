@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from molex.allocation import allocate
+from molex.architectures import block_of
 from molex.bases import execution_device, features, master_dtype
 from molex.config import MixtureConfig
 from molex.errors import ConfigError, StateError, TargetError
@@ -23,7 +24,6 @@ from molex.hooks import leave_fused_paths, watch_calls
 from molex.io.pretrained import SavePretrained
 from molex.kernels import Planner
 from molex.layer import MixtureLinear
-from molex.losses import block_of
 from molex.mixture import Mixture
 from molex.routers import Router
 from molex.routers.constant import ConstantRouter

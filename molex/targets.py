@@ -9,10 +9,9 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from molex.architectures import ROLE_NAMES, ROLES, matches
+from molex.architectures import ROLE_NAMES, ROLES, block_of, matches
 from molex.bases import features
 from molex.errors import TargetError
-from molex.losses import block_of
 from molex.stacks import find_stacks
 
 Linears = dict[str, nn.Module]

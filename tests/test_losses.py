@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from molex.entropy import normalised_entropy
 from molex.errors import ConfigError, StateError
 from molex.losses import (
     Entropy,
@@ -15,7 +16,6 @@ from molex.losses import (
     SpecialisationBalance,
     TaskCrossEntropy,
     losses,
-    normalised_entropy,
 )
 from molex.routing import Decision, RouteContext, Routing, Trace
 from tests import equations as eq

@@ -13,8 +13,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from molex.entropy import check_entropy_index, normalised_entropy
 from molex.errors import ConfigError
-from molex.losses import check_entropy_index, normalised_entropy
 from molex.routers.base import Gate, Router, RouterConfig, check_top_k, routers
 from molex.routing import RouteContext, Routing
 

@@ -13,7 +13,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from molex.losses import block_of
+from molex.architectures import block_of
 from molex.reductions import all_ranks
 from molex.routing import Trace
 from molex.stats import LayerStats, slot_counts
