@@ -217,14 +217,14 @@ class Mixture:
         for layer in self.layers.values():
             assert isinstance(layer.experts, LoRABank)
             assert layer.router is not None
-            layer.experts.freeze(num_experts, self.config.ranks(1)[0], self.config.scales(num_experts)[0])
+            layer.experts.grow(num_experts, self.config.ranks(1)[0], self.config.scales(num_experts)[0])
             layer.router.num_experts += num_experts
 
     def save(
         self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, is_main_process: bool = True
     ) -> None:
         """Writes the mixture into a folder that `molex.load` reads: see molex.io.saving."""
-        from molex.io.saving import save
+        from molex.io.saving import save  # io describes mixtures, so it is above this file
 
         save(self, directory, state_dict, is_main_process)
 
@@ -248,7 +248,7 @@ class Mixture:
         return self.model
 
     def summary(self) -> dict[str, Any]:
-        """What was made, for tables and cards."""
+        """What was made, in a few numbers."""
         counts = [layer.experts.num_experts for layer in self.layers.values()]
         return {
             "method": self.config.method,

@@ -316,8 +316,8 @@ def test_frozen_experts_stay_and_can_still_be_loaded() -> None:
     assert isinstance(bank, LoRABank)
     randomised(bank)
     before = [bank.materialize(e) for e in range(2)]
-    bank.freeze(2, rank=3, scale=0.3)
-    bank.freeze(1, rank=1, scale=0.7)
+    bank.grow(2, rank=3, scale=0.3)
+    bank.grow(1, rank=1, scale=0.7)
     assert bank.ranks == (2, 1, 3, 3, 1)
     assert float(bank.materialize(4).abs().sum()) == 0
     optimizer = torch.optim.AdamW([p for p in bank.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)

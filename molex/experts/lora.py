@@ -4,8 +4,8 @@ Stored stacked as columns: `lora_A` (C, D) and `lora_B` (O, C), expert e owning 
 all experts are two matrix products, and ZeRO-3, FSDP and torch.compile see two parameters. The (E, R, ·) forms
 are views where ranks agree; nothing is padded here.
 
-`freeze()` moves what is there to a second, frozen stack: masking gradients inside one Parameter would not
-freeze it, since AdamW decays and its moments move masked entries too.
+`grow()` moves what is there to a second, frozen stack: masking gradients inside one Parameter would not freeze it,
+since AdamW decays and its moments move masked entries too.
 """
 
 import math
@@ -40,7 +40,7 @@ class LoRABank(ExpertBank):
 
     expert_of_column: Tensor
     row_of_column: Tensor | None
-    activation_routed = False  # the layer sets it where its router decides on A x
+    activation_routed = False  # surgery sets it where the layer's router decides on A x
 
     def __init__(self, shape: LayerShape, init: str = "kaiming"):
         super().__init__(shape)
@@ -109,7 +109,7 @@ class LoRABank(ExpertBank):
         return A[own], B[:, own]
 
     @torch.no_grad()
-    def freeze(self, num_new: int, rank: int, scale: float) -> None:
+    def grow(self, num_new: int, rank: int, scale: float) -> None:
         """Freezes every expert there is and adds num_new trainable ones of the given rank and scale."""
         old = self.columns()
         self.frozen_A = nn.Parameter(old.A.detach().clone(), requires_grad=False)

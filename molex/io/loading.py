@@ -45,12 +45,12 @@ def load(
         if path is None:
             raise ConfigError("molex.load(model, path): give the mixture's folder or hub id")
         folder = find_folder(path, revision)
-        return _load_into(source, read_record(folder), folder)
+        return _convert_and_fill(source, read_record(folder), folder)
     if path is not None:
         raise ConfigError(f"molex.load({source!r}, ...): the first of two arguments is the base, a model")
     folder = find_folder(source, revision)
     record = read_record(folder)
-    return _load_into(_load_base(record, source, revision, dtype, device_map), record, folder)
+    return _convert_and_fill(_load_base(record, source, revision, dtype, device_map), record, folder)
 
 
 def find_folder(path: str | Path, revision: str | None = None) -> Path:
@@ -105,7 +105,7 @@ def _load_base(
     return model
 
 
-def _load_into(model: nn.Module, record: MixtureRecord, folder: Path) -> Mixture:
+def _convert_and_fill(model: nn.Module, record: MixtureRecord, folder: Path) -> Mixture:
     _check_base(model, record)
     try:
         mixture = convert(model, record.config)
@@ -149,16 +149,16 @@ def _grow(mixture: Mixture, record: MixtureRecord) -> None:
     for name, saved in record.layers.items():
         layer = mixture.layers[name]
         if saved.frozen:
-            _freeze(layer, record.ranks(saved), saved.frozen)
+            _grow_layer(layer, record.ranks(saved), saved.frozen)
         check_layer(layer, saved, record)
 
 
-def _freeze(layer: MixtureLinear, ranks: tuple[int, ...], num_frozen: int) -> None:
+def _grow_layer(layer: MixtureLinear, ranks: tuple[int, ...], num_frozen: int) -> None:
     """Freezes the first experts and adds the others, as `mixture.grow` did; scales come with the tensors."""
     bank, router = layer.experts, layer.router
     if not isinstance(bank, LoRABank) or router is None or not bank.num_experts <= num_frozen < len(ranks):
         raise CheckpointError(f"{layer.name}: {num_frozen} of its {len(ranks)} experts cannot be frozen: damaged")
     for rank in ranks[bank.num_experts : num_frozen]:
-        bank.freeze(1, rank, 1.0)
-    bank.freeze(len(ranks) - num_frozen, ranks[-1], 1.0)
+        bank.grow(1, rank, 1.0)
+    bank.grow(len(ranks) - num_frozen, ranks[-1], 1.0)
     router.num_experts = bank.num_experts
