@@ -7,7 +7,6 @@ flat: every setting has one name, wherever it lives, in Python, YAML and flags (
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from molex.errors import ConfigError, check_choice
@@ -17,6 +16,7 @@ from molex.losses import Loss, losses
 from molex.registry import Registry
 from molex.routers import RouterConfig, routers
 from molex.routers.constant import ConstantConfig
+from molex.settings import check_settings, near_and_known
 
 Scaling = Literal["alpha/rank", "alpha/sqrt(rank)", "alpha/num_experts", "alpha"]
 
@@ -86,22 +86,22 @@ class MixtureConfig:
         for kind, registry in (("router", routers), ("experts", expert_kinds)):
             if kind in overrides:
                 parts[kind] = _part(overrides[kind], registry)
-        parts["losses"] = tuple(_part(loss, losses) for loss in overrides.get("losses", self.losses))
+        parts["losses"] = _losses(overrides.get("losses", self.losses))
         rest = {name: value for name, value in overrides.items() if name not in parts}
         if "num_experts" in rest:  # a bare number means the same number everywhere
             rest.setdefault("allocation", None)
         known = own | _settings(parts["router"], parts["experts"], *parts["losses"])
         for name in rest:
             if name not in known:
-                near = get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"{self.method} has no setting {name!r}{hint} It has: {', '.join(sorted(known))}")
+                raise ConfigError(f"{self.method} has no setting {name!r}{near_and_known(name, sorted(known))}")
+        of_its_own = {name: value for name, value in rest.items() if name in own}
+        check_settings(type(self), of_its_own)
         return dataclasses.replace(
             self,
             router=_changed(parts["router"], rest),
             experts=_changed(parts["experts"], rest),
             losses=tuple(_changed(loss, rest) for loss in parts["losses"]),
-            **{name: value for name, value in rest.items() if name in own},
+            **of_its_own,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,7 +122,8 @@ class MixtureConfig:
         for name, registry in (("router", routers), ("experts", expert_kinds)):
             if name in values:
                 values[name] = _part(values[name], registry)
-        values["losses"] = tuple(_part(loss, losses) for loss in values.get("losses", ()))
+        values["losses"] = _losses(values.get("losses", ()))
+        check_settings(cls, values)
         return cls(**values)
 
 
@@ -146,6 +147,7 @@ def _settings(*parts: Any) -> set[str]:
 
 def _changed(part: Any, overrides: Mapping[str, Any]) -> Any:
     own = {name: value for name, value in overrides.items() if name in _settings(part)}
+    check_settings(type(part), own)
     return dataclasses.replace(part, **own) if own else part
 
 
@@ -166,4 +168,11 @@ def _part(value: Any, registry: Registry[Any]) -> Any:
     unknown = set(settings) - {f.name for f in dataclasses.fields(part_type)}
     if unknown:
         raise ConfigError(f"{registry.kind} {value['kind']!r} has no setting {', '.join(sorted(unknown))}")
+    check_settings(part_type, settings)
     return part_type(**settings)
+
+
+def _losses(values: Any) -> tuple[Loss, ...]:
+    if not isinstance(values, tuple | list):
+        raise ConfigError(f"losses={values!r}: give a list of losses; known: {', '.join(losses)}")
+    return tuple(_part(loss, losses) for loss in values)

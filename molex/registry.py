@@ -5,10 +5,10 @@ known ones. This is what makes a new router cost one file and one import line.
 """
 
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from typing import Generic, TypeVar, cast
 
 from molex.errors import ConfigError
+from molex.settings import near_and_known
 
 T = TypeVar("T")
 Item = TypeVar("Item")
@@ -33,10 +33,8 @@ class Registry(Generic[T]):
         return add
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._items:
-            near = get_close_matches(name, self._items, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown {self.kind} {name!r}{hint} Known: {', '.join(self._items)}")
+        if not isinstance(name, str) or name not in self._items:
+            raise ConfigError(f"unknown {self.kind} {name!r}{near_and_known(name, self._items)}")
         return self._items[name]
 
     def name_of(self, item: T) -> str:
