@@ -25,7 +25,7 @@ from molex.routers.constant import ConstantConfig, ConstantRouter
 from molex.routing import Decision, Trace
 from molex.sharding import num_elements, whole
 from molex.state import MixtureState
-from molex.stats import LayerStats, layer_stats, loads_of_all_ranks
+from molex.stats import LayerStats, layer_stats, over_all_ranks, slot_counts
 
 logger = logging.getLogger("molex")
 
@@ -107,10 +107,8 @@ class Mixture:
         """Moves balance biases against the last forward's load; call it after each micro-batch's backward."""
         routers = {name: layer.router for name, layer in self.layers.items() if layer.router is not None}
         moving = {name: router for name, router in routers.items() if type(router).balance is not Router.balance}
-        trace = {name: decision for name, decision in self.state.trace.items() if name in moving}
-        if not trace:
-            return
-        for name, load_E in loads_of_all_ranks(_on_one_device(trace)).items():
+        counts = {name: slot_counts(decision) for name, decision in self.state.trace.items() if name in moving}
+        for name, load_E in over_all_ranks(counts).items():
             moving[name].balance(load_E)
 
     def stats(self) -> dict[str, LayerStats]:
@@ -183,7 +181,8 @@ class Mixture:
     def load_expert(self, expert_id: int, name: str, factors: Factors, scale: float) -> None:
         """Puts a pretrained LoRA in an expert's place in every layer; a routed layer it lacks gets a zero expert there.
 
-        Raises TargetError on a layer this mixture does not have, ConfigError on a wrong id or shape.
+        Raises TargetError on a layer this mixture does not have, ConfigError on a wrong id or shape; then no layer
+        has changed.
         """
         unknown = sorted(set(factors) - set(self.layers))
         if unknown:
@@ -192,9 +191,14 @@ class Mixture:
         missing = len(filled) - len(factors)
         if missing:
             logger.warning("expert %r has no %d of %d layers; they add nothing", name, missing, len(filled))
-        for layer_name, layer in filled.items():
-            A, B = factors.get(layer_name) or layer.zero_factors(expert_id)
-            layer.load_expert(expert_id, name, A, B, scale)
+        pairs = {n: factors.get(n) or layer.zero_factors(expert_id) for n, layer in filled.items()}
+        for layer_name, (A, B) in pairs.items():
+            try:
+                filled[layer_name].experts.check_expert(expert_id, A, B, scale)
+            except ConfigError as error:
+                raise ConfigError(f"{layer_name}: {error}") from error
+        for layer_name, (A, B) in pairs.items():
+            filled[layer_name].load_expert(expert_id, name, A, B, scale)
 
     def factors(self, expert_id: int) -> Factors:
         """One expert's A (R, D) and B (O, R) in every layer, copied. Raises ConfigError where experts are not LoRAs."""

@@ -90,6 +90,25 @@ def test_plain_loras_are_no_experts_of_the_mixture() -> None:
         mixture.load_expert(3, "art", {}, 1.0)
 
 
+@pytest.mark.parametrize("method", ["mola", "arrow", "poly"])
+def test_an_expert_that_does_not_fit_everywhere_changes_nothing(method: str) -> None:
+    """The last layer's B has a row too many: the error names the layer, and the earlier ones are as they were."""
+    mixture = mixture_of(method=method)
+    before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+    factors = {n: (torch.ones(4, x.in_features), torch.ones(x.out_features, 4)) for n, x in mixture.layers.items()}
+    *_, last = mixture.layers
+    A_RD, B_OR = factors[last]
+    scale = float(mixture.layers[last].experts.scale[0])
+    with pytest.raises(ConfigError, match=rf"{last}: expert 2 takes A \(4, \d+\) and B \(\d+, 4\), got"):
+        mixture.load_expert(2, "law", {**factors, last: (A_RD, torch.cat([B_OR, B_OR[:1]]))}, scale)
+    assert mixture.experts == ["0", "1", "2"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in mixture.state_dict().items())
+    mixture.load_expert(2, "law", factors, scale)
+    assert mixture.experts == ["0", "1", "law"]
+    changed = {name for name, tensor in mixture.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {f"{name}.experts.lora_A" for name in mixture.layers} <= changed
+
+
 def test_biases_move_only_in_step() -> None:
     mixture = mixture_of(method="smora", num_experts=8, top_k=2, rank=1)
     model = mixture.model.train()

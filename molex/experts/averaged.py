@@ -71,11 +71,14 @@ class AveragedBank(ExpertBank):
         B_OR = self.lora_B[:, expert_id].flatten(0, 1).to(dtype)
         return self.scale[0].to(B_OR.dtype) * (B_OR @ A_RD)
 
-    @torch.no_grad()
-    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
-        self._check_expert(expert_id, A, B)
+    def check_expert(self, expert_id: int, A: Tensor, B: Tensor, scale: float) -> None:
+        super().check_expert(expert_id, A, B, scale)
         if not math.isclose(scale, float(self.scale[0]), rel_tol=1e-6):
             raise ConfigError(f"averaged experts share the scale {float(self.scale[0])}, got {scale}: fold it into B")
+
+    @torch.no_grad()
+    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+        self.check_expert(expert_id, A, B, scale)
         self.lora_A[:, expert_id].copy_(A.unflatten(1, (self.num_heads, -1)).movedim(1, 0))
         self.lora_B[:, expert_id].copy_(B.unflatten(0, (self.num_heads, -1)))
         self.names[expert_id] = name

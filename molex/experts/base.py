@@ -65,9 +65,10 @@ class ExpertBank(Exact, ABC):
 
     @abstractmethod
     def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
-        """Copies a pretrained A (R, D), B (O, R) into place. Raises ConfigError on a wrong id or shape."""
+        """Copies a pretrained A (R, D), B (O, R) into place. Raises ConfigError where `check_expert` does."""
 
-    def _check_expert(self, expert_id: int, A: Tensor, B: Tensor) -> None:
+    def check_expert(self, expert_id: int, A: Tensor, B: Tensor, scale: float) -> None:
+        """Raises ConfigError where `load_expert` cannot take this LoRA: a wrong id or shape."""
         if not 0 <= expert_id < self.num_experts:
             raise ConfigError(f"expert {expert_id} of a bank of {self.num_experts}; ids start at 0")
         rank = self.ranks[expert_id]

@@ -94,7 +94,7 @@ class DoRABank(LoRABank):
         columns = self.columns()
         return columns._replace(B=columns.B * factor_EO[columns.expert_of_column].T), factor_EO
 
-    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+    def check_expert(self, expert_id: int, A: Tensor, B: Tensor, scale: float) -> None:
         raise ConfigError("a DoRA expert is more than A and B: its magnitude; load a LoRA into experts='lora'")
 
     def materialize(self, expert_id: int) -> Tensor:

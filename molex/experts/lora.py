@@ -92,7 +92,7 @@ class LoRABank(ExpertBank):
 
     @torch.no_grad()
     def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
-        self._check_expert(expert_id, A, B)
+        self.check_expert(expert_id, A, B, scale)
         A_RD, B_OR = self._stored(expert_id)
         A_RD.copy_(A)
         B_OR.copy_(B)

@@ -121,4 +121,7 @@ class ShardBank(ExpertBank):
         return self.scale[expert_id].to(B_OR.dtype) * (B_OR @ A_RD)
 
     def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+        self.check_expert(expert_id, A, B, scale)
+
+    def check_expert(self, expert_id: int, A: Tensor, B: Tensor, scale: float) -> None:
         raise ConfigError("a MoS layer is made of shared shards; a pretrained LoRA cannot be loaded into it")

@@ -32,7 +32,7 @@ class SharedABank(LoRABank):
         super().__init__(shape)
         self.row_of_column = torch.arange(sum(self.ranks), device=shape.device) % self.ranks[0]
 
-    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
+    def check_expert(self, expert_id: int, A: Tensor, B: Tensor, scale: float) -> None:
         raise ConfigError("these experts share one A, a pretrained LoRA has its own: load it into experts='lora'")
 
     def _rows(self) -> int:
