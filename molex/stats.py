@@ -6,6 +6,7 @@ dead     experts that served nobody
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,10 +54,11 @@ def layer_stats(trace: Trace) -> dict[str, LayerStats]:
     return {name: LayerStats(slot_counts(d).cpu(), int(d.mask().sum())) for name, d in trace.items()}
 
 
-@torch.no_grad()
-def loads_of_all_ranks(trace: Trace) -> dict[str, Tensor]:
-    """Slot counts per layer summed over ranks, in one reduction: what balance biases move against."""
-    counts = [slot_counts(decision) for decision in trace.values()]
-    sizes = [len(count) for count in counts]
-    joined = torch.cat([count.to(counts[0].device) for count in counts])
-    return dict(zip(trace, all_ranks(joined).split(sizes), strict=True))
+def over_all_ranks(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each layer's slot counts (E,) summed over ranks, in one reduction; on the first one's device."""
+    if not counts:
+        return {}
+    device = next(iter(counts.values())).device
+    joined = torch.cat([counts_E.to(device) for counts_E in counts.values()])
+    sizes = [len(counts_E) for counts_E in counts.values()]
+    return dict(zip(counts, all_ranks(joined).split(sizes), strict=True))

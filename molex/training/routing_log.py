@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from molex.architectures import block_of
-from molex.reductions import all_ranks
 from molex.routing import Trace
-from molex.stats import LayerStats, slot_counts
+from molex.stats import LayerStats, over_all_ranks, slot_counts
 from molex.training.arguments import RoutingLogs
 
 
@@ -52,12 +51,7 @@ class RoutingLog:
         return logs
 
     def _layers(self) -> dict[str, LayerStats]:
-        if not self.counts:
-            return {}
-        sizes = [len(counts_E) for counts_E in self.counts.values()]
-        device = next(iter(self.counts.values())).device
-        total = all_ranks(torch.cat([counts_E.to(device) for counts_E in self.counts.values()])).cpu()
-        return {name: LayerStats(c, 0) for name, c in zip(self.counts, total.split(sizes), strict=True)}
+        return {name: LayerStats(counts_E.cpu(), 0) for name, counts_E in over_all_ranks(self.counts).items()}
 
 
 def _numbers(prefix: str, layers: list[LayerStats]) -> dict[str, float]:
