@@ -6,6 +6,7 @@ Tables for people, `--json` where a script would read; errors of molex are one s
 import inspect as python_inspect
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from molex.errors import MolexError
 
@@ -24,7 +26,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 @app.callback()
 def molex() -> None:
-    """Mixtures of LoRA experts: convert, train, route, merge and serve."""
+    """Mixtures of LoRA experts, in one library."""
 
 
 @app.command()
@@ -40,10 +42,7 @@ def methods(
     if markdown:
         typer.echo(method_pages(rows))
         return
-    table = Table("preset", "method", "equation", "scope", "experts", title="molex.preset(name, **overrides)")
-    for row in rows:
-        table.add_row(row["preset"], row["method"], row["equation"], row["scope"], row["experts"])
-    console.print(table)
+    console.print(_table(rows, "molex.preset(name, **overrides)"))
 
 
 def method_rows() -> list[dict[str, str]]:
@@ -95,34 +94,32 @@ def inspect(
     if as_json:
         typer.echo(json.dumps(description, indent=2, ensure_ascii=False))
         return
-    table = Table("what", "value", title=str(path))
-    for key, value in description.items():
-        if not isinstance(value, list | tuple | dict):
-            table.add_row(key, _plain(value))
-    console.print(table)
-    for key, value in description.items():
-        if isinstance(value, list | tuple | dict) and value:
-            console.print(_listing(key, value))
+    layers, (fewest, most) = description.pop("layers"), description["num_experts"]
+    description["num_experts"] = fewest if fewest == most else f"{fewest} to {most}"
+    console.print(_table([{"what": key, "value": value} for key, value in description.items()], str(path)))
+    console.print(_table(layers, "layers"))
+
+
+def _table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """Records as a table; long cells are folded, never cut. Cells and titles are the user's own text, not markup."""
+    table = Table(title=Text(title))
+    for column in rows[0]:
+        table.add_column(column, overflow="fold", no_wrap=column == "preset")
+    for row in rows:
+        table.add_row(*[Text(_plain(cell)) for cell in row.values()])
+    return table
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def _listing(title: str, value: Any) -> Table:
-    """A table for a nested value: records become rows, mappings become pairs."""
-    rows = [{"name": k, "value": v} for k, v in value.items()] if isinstance(value, dict) else list(value)
-    records = [row if isinstance(row, dict) else {"value": row} for row in rows]
-    table = Table(*records[0], title=title)
-    for record in records:
-        table.add_row(*[_plain(cell) for cell in record.values()])
-    return table
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where tables, curves, heat map and mixtures go.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of the three compared methods.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the three compared methods.")] = 100,
 ) -> None:
     """Turn a small dense model into mixtures by every method: train, compare, save, reload, generate. Offline."""
     from molex.workbench.demo import run_demo
@@ -135,5 +132,6 @@ def main() -> None:
     try:
         app()
     except MolexError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        sentence = Text.assemble(("error: ", "red"), str(error))  # no markup: paths and values may hold brackets
+        Console(stderr=True).print(sentence, highlight=False, soft_wrap=True)
         sys.exit(1)

@@ -39,12 +39,15 @@ class Header(NamedTuple):
 def staged(directory: Path) -> Iterator[Path]:
     """A scratch folder inside `directory`; its files replace their namesakes there once the block has ended well.
 
-    After an exception the folder is as it was. Raises CheckpointError where `directory` is a file.
+    After an exception the folder is as it was. Raises CheckpointError where `directory` is a file or cannot be made.
     """
     if directory.is_file():
         raise CheckpointError(f"{directory} is a file; give a folder to save into")
     existed = directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be made: {error.strerror}; give another folder") from error
     try:
         with TemporaryDirectory(prefix=".saving-", dir=directory) as scratch:
             yield Path(scratch)

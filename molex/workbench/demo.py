@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from molex.errors import StateError
+from molex.errors import ConfigError, StateError
 from molex.io.loading import load
 from molex.mixture import Factors, Mixture
 from molex.plots import loss_curves, routing_heat_map
@@ -148,7 +148,9 @@ class Demo:
 
 def run_demo(out: Path, console: Console, steps: int) -> list[Result]:
     """Runs the demo with `steps` training steps for the compared methods. Raises StateError if one failed to learn
-    or to come back from disk."""
+    or to come back from disk, ConfigError where `out` is a file."""
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; give a folder to write to")
     results = Demo(out, console, steps).run()
     console.print(f"Written to {out}: results.txt, results.json, losses.png, routing.png, mixtures/")
     broken = [result.preset for result in results if not result.reloaded]

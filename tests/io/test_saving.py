@@ -89,6 +89,8 @@ def test_a_file_in_the_way_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(CheckpointError, match="is a file; give a folder to save into"):
         of_preset("lora").save(tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"inside cannot be made: Not a directory; give another folder"):
+        of_preset("lora").save(tmp_path / "out" / "inside")
     assert (tmp_path / "out").read_text() == "mine"
 
 
