@@ -1,4 +1,4 @@
-"""One registry class, three users: routers, expert kinds and kernel backends.
+"""One registry class for all that has a name in a configuration: routers, experts, losses, presets, backends.
 
 A name is registered once, by a decorator over the thing itself; an unknown name is an error that lists the
 known ones. This is what makes a new router cost one file and one import line.
@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 
 
 class Registry(Generic[T]):
-    """Names to things of one `kind` ("router", "experts", "backend")."""
+    """Names to things of one `kind` ("router", "experts", "loss", "preset", "backend")."""
 
     def __init__(self, kind: str):
         self.kind = kind

@@ -136,7 +136,8 @@ class MixtureState:
 
 
 def _recomputes() -> bool:
-    """Whether this forward runs inside a backward: activation checkpointing."""
+    """Whether this forward runs inside a backward: activation checkpointing. Only torch's own graph task knows: the
+    checkpoint's context is not told to the modules it recomputes."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

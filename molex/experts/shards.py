@@ -96,7 +96,7 @@ class ShardBank(ExpertBank):
 
     def join_pool(self, pool: ShardPool, layer: int) -> None:
         """Takes this layer's indices from a pool; the pool stays registered on the model, not here."""
-        self._pool = [pool]
+        self._pool = (pool,)  # in a tuple: not a submodule of this one
         self.register_buffer("index_A", pool.draw(layer, self.ranks[0], self.config))
         self.register_buffer("index_B", pool.draw(layer, self.ranks[0], self.config))
 

@@ -34,7 +34,8 @@ class LayerDescription:
 class Description:
     """What a folder holds, as plain values. kind: "mixture" or "peft". base: the name in its files, if any.
 
-    num_parameters, num_bytes: of experts, routers and modules trained whole. num_experts: fewest and most in a layer.
+    num_parameters: of experts and routers, or of the adapter. num_bytes: of all tensors, also of modules trained whole.
+    num_experts: fewest and most in a layer.
     rank, alpha: one number, or one for each expert of a mixture, or all that occur in a PEFT adapter.
     """
 

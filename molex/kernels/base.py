@@ -1,4 +1,4 @@
-"""The kernel contract: three operations with autograd, of which a backend must write one.
+"""The kernel contract: three operations with autograd, all made of one that every backend writes, `pairs`.
 
     linear   y = base(x) + Σ_k w_k · B_e A_e x                      e = the token's k-th expert
     widen    stream 0 = base(x);   stream k = base(x) + w_k · B_e A_e x
@@ -9,7 +9,7 @@ widen and narrow are the two ends of a MixLoRA feed-forward block: the last proj
 at B = 0 even where float weights do not sum to exactly 1.
 
 A backend receives the base module, because the best plans fold the experts into the base's own product; the ones
-here call the base as it is, in its own input shape, and add. What every backend must write is `pairs`.
+here call the base as it is, in its own input shape, and add.
 """
 
 from abc import ABC, abstractmethod
