@@ -55,7 +55,7 @@ def method_rows() -> list[dict[str, str]]:
     for name in presets:
         title, equation, _ = _doc_parts(python_inspect.getdoc(presets[name]) or "")
         config: MixtureConfig = presets[name]()
-        scope = config.router.scope if config.router.scope == "model" else config.scope
+        scope = "model" if config.router.model_scope else config.scope
         experts = f"{config.num_experts} x {expert_kinds.name_of(type(config.experts))} r{config.rank}"
         rows.append({"preset": name, "method": title, "equation": equation, "scope": scope, "experts": experts})
     return rows

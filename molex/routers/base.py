@@ -70,10 +70,10 @@ class BalancedRouter(Router):
 
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig(ABC):
-    """Base of the routers' configurations; each builds its router for one layer. `scope`: what shares a decision;
-    a "model" router is built once, with num_layers, and decides for every layer before the model runs."""
+    """Base of the routers' configurations; each builds its router for one layer. `model_scope`: it is built once
+    instead, and decides for every layer before the model runs."""
 
-    scope: ClassVar[Literal["layer", "model"]] = "layer"
+    model_scope: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, in_features: int, num_experts: int) -> Router: ...

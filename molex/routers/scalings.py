@@ -11,7 +11,7 @@ takes a softmax over the kept weights, as PEFT does.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from molex.routing import RouteContext, Routing, dense_routing
 class ScalingsConfig(RouterConfig):
     """depth, hidden_size, head_dropout: the head. top_k None = every expert."""
 
-    scope: ClassVar[Literal["layer", "model"]] = "model"
+    model_scope: ClassVar[bool] = True
 
     depth: int = 1
     hidden_size: int = 2048
