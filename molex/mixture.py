@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from molex.config import MixtureConfig
 from molex.errors import ConfigError, StateError, TargetError
+from molex.experts.dora import DoRABank
 from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
 from molex.reductions import add_up
@@ -87,6 +88,7 @@ class Mixture:
 
         Where the model is sharded over ranks this gathers: every rank must call, and every rank gets all of it.
         """
+        self._check_alive()
         trained_whole = tuple(f"{name}." for name in self.also_trained)
         named = self.model.state_dict(keep_vars=True)
         kept = {name: t for name, t in named.items() if self.owns(name) or name.startswith(trained_whole)}
@@ -94,6 +96,7 @@ class Mixture:
 
     def aux_loss(self) -> Tensor:
         """The sum of the method's losses over the last forward. Raises StateError where nothing was recorded."""
+        self._check_alive()
         trace = self.state.trace
         if self.config.losses and not trace:
             raise StateError("no routing is recorded: run a forward with gradients on (or in evaluation mode) first")
@@ -124,12 +127,17 @@ class Mixture:
     def set_tasks(self, task_ids: Tensor | Sequence[int] | None) -> None:
         """Task ids of the batches to come, (B,) or (B, S); they stay until changed, since backward may recompute.
 
-        Raises ConfigError on any other shape.
+        Raises ConfigError on any other shape, and where they are no whole numbers.
         """
-        tasks = None if task_ids is None else torch.as_tensor(task_ids, dtype=torch.long)
+        try:
+            tasks = None if task_ids is None else torch.as_tensor(task_ids)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"task_ids={task_ids!r}; give a whole number for each sequence or token") from error
         if tasks is not None and tasks.dim() not in (1, 2):
             raise ConfigError(f"task_ids has shape {tuple(tasks.shape)}; give one task id for each sequence or token")
-        self.state.tasks = tasks
+        if tasks is not None and tasks.numel() and tasks.is_floating_point():
+            raise ConfigError(f"task_ids are {tasks.dtype}; give a whole number for each sequence or token")
+        self.state.tasks = None if tasks is None else tasks.long()
 
     @contextmanager
     def using(
@@ -138,11 +146,12 @@ class Mixture:
         adapters: str | Sequence[str | None] | None = None,
     ) -> Iterator[None]:
         """Inference with these task ids, or with one expert by name for each sequence (None = the base alone)."""
+        self._check_alive()
         before = self.state.tasks, self.state.request
         if tasks is not None:
             self.set_tasks(tasks)
         if adapters is not None:
-            named = [adapters] if isinstance(adapters, str) else adapters
+            named = [adapters] if isinstance(adapters, str) or not isinstance(adapters, Sequence) else adapters
             self.state.request = torch.tensor([self._expert_id(name) for name in named])
         try:
             yield
@@ -184,6 +193,9 @@ class Mixture:
         Raises TargetError on a layer this mixture does not have, ConfigError on a wrong id or shape; then no layer
         has changed.
         """
+        self._check_alive()
+        if name in self.experts and self.experts.index(name) != expert_id:
+            raise ConfigError(f"expert {self.experts.index(name)} is called {name!r} already; choose another name")
         unknown = sorted(set(factors) - set(self.layers))
         if unknown:
             raise TargetError(f"expert {name!r} has layers that are not converted: {', '.join(unknown[:5])}")
@@ -204,8 +216,10 @@ class Mixture:
         """One expert's A (R, D) and B (O, R) in every layer, copied. Raises ConfigError where experts are not LoRAs."""
         found = {}
         for name, layer in self.layers.items():
-            if not isinstance(layer.experts, LoRABank):
-                raise ConfigError(f"{name}: experts of this kind are no separate A and B")
+            if not isinstance(layer.experts, LoRABank) or isinstance(layer.experts, DoRABank):
+                raise ConfigError(f"{name}: experts of this kind are more than one A and one B")
+            if not 0 <= expert_id < layer.experts.num_experts:
+                raise ConfigError(f"{name}: expert {expert_id} of a bank of {layer.experts.num_experts}")
             A_RD, B_OR = layer.experts.columns().expert(expert_id)
             found[name] = (A_RD.detach().clone(), B_OR.detach().clone())
         return found
@@ -215,6 +229,8 @@ class Mixture:
 
         Raises ConfigError where the router could not choose the new ones, or the experts are no plain LoRAs.
         """
+        if num_experts < 1:
+            raise ConfigError(f"num_experts={num_experts}: growing adds at least 1")
         for name, layer in self.layers.items():
             if type(layer.experts) is not LoRABank or layer.router is None or not layer.router.growable:
                 raise ConfigError(f"{name}: these experts or their router cannot grow; convert with more experts")
@@ -237,8 +253,7 @@ class Mixture:
 
         Raises StateError where it was done already.
         """
-        if getattr(self.model, "molex_mixture", None) is not self:
-            raise StateError("this mixture was reverted already; its model is a plain model again")
+        self._check_alive()
         for name, layer in self.layers.items():
             parent, _, child = name.rpartition(".")
             setattr(self.model.get_submodule(parent), child, layer.base)
@@ -250,6 +265,12 @@ class Mixture:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self.required_grad.get(name, parameter.requires_grad))
         return self.model
+
+    def _check_alive(self) -> None:
+        if getattr(self.model, "molex_mixture", None) is not self:
+            raise StateError(
+                "this mixture was reverted already; its model is a plain model again: call molex.convert or molex.load"
+            )
 
     def summary(self) -> dict[str, Any]:
         """What was made, in a few numbers."""

@@ -1,5 +1,9 @@
 """The handle: named experts for each sequence, the base alone, plain LoRAs, balance biases, dead experts."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -134,3 +138,48 @@ def test_experts_that_nobody_chose(method: str, backend: str) -> None:
     routed = [stats for stats in mixture.stats().values() if len(stats.counts) > 1]
     assert all(len(stats.dead) == 2 and stats.entropy == 0 for stats in routed)
     assert all(p.grad.isfinite().all() for p in mixture.trainable_parameters())
+
+
+def test_a_reverted_mixture_does_nothing_silently(tmp_path: Path) -> None:
+    mixture = mixture_of()
+    mixture.model(torch.full((2, 3), 5))
+    mixture.revert()
+    calls: list[Callable[[], object]] = [
+        mixture.revert,
+        mixture.aux_loss,
+        mixture.state_dict,
+        lambda: mixture.save(tmp_path / "out"),
+        lambda: mixture.load_expert(0, "law", {}, 1.0),
+        lambda: mixture.using(adapters="0").__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(StateError, match=r"reverted already; .* call molex\.convert or molex\.load"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("ids", "word"), [("ab", "'ab'"), (["a"], "'a'"), ([0.5, 1], "float32"), (5, "shape")])
+def test_task_ids_are_whole_numbers(ids: Any, word: str) -> None:
+    mixture = mixture_of(method="mtlora", num_experts=3)
+    with pytest.raises(ConfigError, match=rf"{word}.*; give (a whole number|one task id) for each sequence or token"):
+        mixture.set_tasks(ids)
+    assert mixture.state.tasks is None
+
+
+def test_an_expert_by_number_or_by_a_name_twice() -> None:
+    mixture = mixture_of()
+    with pytest.raises(ConfigError, match="no expert 1; this mixture has: 0, 1, 2"), mixture.using(adapters=1):  # type: ignore[arg-type]
+        pass
+    mixture.load_expert(0, "law", mixture.factors(1), 1.0)
+    mixture.load_expert(0, "law", mixture.factors(2), 1.0)
+    with pytest.raises(ConfigError, match="expert 0 is called 'law' already"):
+        mixture.load_expert(1, "law", mixture.factors(1), 1.0)
+
+
+def test_factors_and_growth_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="expert 3 of a bank of 3"):
+        mixture_of().factors(3)
+    with pytest.raises(ConfigError, match="more than one A and one B"):
+        mixture_of(experts="dora").factors(0)
+    with pytest.raises(ConfigError, match="num_experts=0: growing adds at least 1"):
+        mixture_of(method="moram", rank=1).grow(0)
