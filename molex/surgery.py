@@ -206,7 +206,10 @@ class _Builder:
         if not isinstance(model_config, PreTrainedConfig):
             raise TargetError("xlora needs a transformers model: its config names the hidden size the head reads")
         num_experts = next(iter(self.num_experts.values()))
-        head = config.build_head(model_config.get_text_config().hidden_size, num_experts, len(self.routed))
+        text_config = model_config.get_text_config()
+        # OPT projects its last hidden states to the embeddings' width, which in OPT-350m is not the layers'
+        width = getattr(text_config, "word_embed_proj_dim", text_config.hidden_size)
+        head = config.build_head(width, num_experts, len(self.routed))
         return head.to(execution_device(next(iter(self.routed.values()))))
 
 

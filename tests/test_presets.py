@@ -537,6 +537,54 @@ def test_loaded_adapters_are_used_and_missing_layers_add_nothing() -> None:
         pass
 
 
+def rank_by_rank(mixture: Mixture, count: int) -> tuple[Any, Tensor, Tensor, Tensor, Tensor]:
+    """One layer of `count` single ranks in evaluation: it, x (D,), its A (R, D) and B (O, R), what it adds (O,)."""
+    mixture.set_tasks(None)
+    layer: Any = mixture.layers["model.layers.1.mlp.up_proj"]
+    x_D = torch.randn(32, dtype=torch.float64)
+    A_RD, B_OR = layer.experts.lora_A.detach(), layer.experts.lora_B.detach()
+    assert len(A_RD) == B_OR.shape[1] == count
+    with torch.no_grad():
+        added_O = (layer(x_D[None, None]) - layer.base(x_D)).flatten()
+    return layer, x_D, A_RD, B_OR, added_O
+
+
+def test_smoras_update_has_the_papers_scale() -> None:
+    """α Σ_i p_i b_i (a_i x) over the best k sigmoid scores, Σ p = 1: neither k, r nor the rank of an expert divides."""
+    mixture = mixture_of(preset("smora", num_experts=12, top_k=3, alpha=5.0), torch.float64)
+    layer, x_D, A_RD, B_OR, added_O = rank_by_rank(mixture, 12)
+    scores_R = 1 / (1 + (-(layer.router.gate.weight @ x_D)).exp()) + layer.router.bias
+    best = eq.largest(scores_R, 3)
+    total = sum(scores_R[i] for i in best)
+    update_O = sum((scores_R[i] / total * (A_RD[i] @ x_D) * B_OR[:, i] for i in best), torch.zeros(48).double())
+    torch.testing.assert_close(added_O, 5.0 * update_O.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_flyloras_update_has_the_papers_scale() -> None:
+    """(α / r) Σ b_i (a_i x) over the k largest |a_i x + d_i|, r the total rank; the paper's α = 2r doubles."""
+    mixture = mixture_of(preset("flylora", num_experts=12, top_k=3, alpha=30.0), torch.float64)
+    layer, x_D, A_RD, B_OR, added_O = rank_by_rank(mixture, 12)
+    best = eq.largest((A_RD @ x_D + layer.router.bias).abs(), 3)
+    update_O = sum(((A_RD[i] @ x_D) * B_OR[:, i] for i in best), torch.zeros(48).double())
+    torch.testing.assert_close(added_O, 30.0 / 12 * update_O, rtol=1e-6, atol=1e-6)
+    defaults = preset("flylora")
+    assert defaults.alpha == 2 * defaults.num_experts == 64
+
+
+def test_morams_update_has_the_papers_scale() -> None:
+    """(α / r) Σ_i w_i b_i (a_i x), w the softmax of the best k of a x / ‖a x‖ over τ, r the task's rank; what is below
+    the threshold is left out and the rest keeps its weight."""
+    config = preset("moram", targets="all", num_experts=12, top_k=8, temperature=0.5, threshold=0.1, alpha=9.0)
+    _, x_D, A_RD, B_OR, added_O = rank_by_rank(mixture_of(config, torch.float64), 12)
+    z_R = A_RD @ x_D
+    n_R = z_R / (z_R @ z_R) ** 0.5
+    strengths = {i: (n_R[i] / 0.5).exp() for i in eq.largest(n_R, 8)}
+    kept = {i: w / sum(strengths.values()) for i, w in strengths.items() if n_R[i] >= 0.1}
+    assert 0 < len(kept) < 8
+    update_O = sum((w * z_R[i] * B_OR[:, i] for i, w in kept.items()), torch.zeros(48).double())
+    torch.testing.assert_close(added_O, 9.0 / 12 * update_O, rtol=1e-6, atol=1e-6)
+
+
 def test_arrow_loads_its_prototypes_with_its_experts() -> None:
     mixture = molex.convert(tiny("llama"), config_of("arrow"))
     name = "model.layers.0.self_attn.q_proj"

@@ -295,6 +295,22 @@ def test_a_forward_that_fails_leaves_mixture_and_cache_usable(llama: tuple[PreTr
     torch.testing.assert_close(step(model, ids[:, 18:], cache).logits, full(model, ids)[:, 18:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [16, 48])
+def test_opt_whose_hidden_states_leave_at_another_width(width: int) -> None:
+    """OPT-350m: layers of 1024, embeddings of 512, post-norm. The head reads what the stack gives."""
+    opt = tiny("opt", word_embed_proj_dim=width, do_layer_norm_before=False).double()
+    ids = ids_for()
+    with torch.no_grad():
+        hidden_TD = opt.model(ids).last_hidden_state.flatten(0, 1)
+    model, mixture = converted(opt)
+    torch.testing.assert_close(logits_in_steps(model, ids, None, 9, 8, 1, 1, 1), full(model, ids), rtol=0, atol=1e-5)
+    full(model, ids)
+    head = model.molex["router"]
+    assert hidden_TD.shape[-1] == head.head[0].in_features == width
+    for name, routing in zip(mixture.layers, head.decide(hidden_TD), strict=True):
+        torch.testing.assert_close(mixture.state.trace[name].routing.weights, routing.weights)
+
+
 PEFT_HEADS: dict[str, dict[str, Any]] = {
     "one_linear": {"depth": 1},
     "deep": {"depth": 3, "hidden_size": 12},
