@@ -50,10 +50,13 @@ class MixtureConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("targets", "plain_targets", "also_train", "allocation", "rank", "alpha", "losses"):
+        patterns = ("targets", "plain_targets", "also_train")
+        for name in (*patterns, "allocation", "rank", "alpha", "losses"):  # JSON and YAML have lists for tuples
             value = getattr(self, name)
-            if isinstance(value, list) or (isinstance(value, str) and name.endswith(("targets", "train"))):
-                object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+            elif isinstance(value, str) and name in patterns:
+                object.__setattr__(self, name, (value,))
         check_choice("scope", self.scope, ("linear", "ffn"))
         check_choice("scaling", self.scaling, Scaling.__args__)
         if not isinstance(self.num_experts, int) or self.num_experts < 1:

@@ -9,6 +9,8 @@
 - A `task_ids` column reaches the mixture.
 - Routing statistics are logged with everything else.
 - Checkpoints hold the mixture, not its base.
+
+Methods with a leading underscore are Trainer's own: it has no public place for batches, columns and checkpoints.
 """
 
 from pathlib import Path
