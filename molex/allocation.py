@@ -67,6 +67,8 @@ def usage_budget(usage: Mapping[str, LayerStats] | Sequence[Tensor], total: int)
     per layer. Raises ConfigError when total < number of layers, or where a load is empty or not finite.
     """
     needs = _needs_of_blocks(usage) if isinstance(usage, Mapping) else [_effective_experts(load) for load in usage]
+    if not isinstance(total, int) or not needs:
+        raise ConfigError(f"total={total!r} experts over {len(needs)} layers; give a whole number and measured layers")
     if total < len(needs):
         raise ConfigError(f"a budget of {total} experts cannot give each of {len(needs)} layers one")
     spare = total - len(needs)

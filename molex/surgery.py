@@ -40,6 +40,10 @@ def convert(model: nn.Module, config: MixtureConfig) -> Mixture:
     Raises StateError on a second conversion, TargetError where a pattern or an architecture does not fit,
     ConfigError on settings that contradict each other. The base's parameters are frozen.
     """
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"{model!r} is no model; give one, such as AutoModelForCausalLM.from_pretrained(...)")
+    if not isinstance(config, MixtureConfig):
+        raise ConfigError(f"{config!r} is no MixtureConfig; give molex.preset(name, ...), see `molex methods`")
     if any(isinstance(module, MixtureLinear) for module in model.modules()):
         raise StateError("this model is a mixture already; mixture.revert() gives the base back")
     builder = _Builder(model, config)
@@ -72,7 +76,8 @@ class _Builder:
         self.routed = find_targets(model, config.targets)
         self.plain = find_targets(model, config.plain_targets) if config.plain_targets else {}
         if not self.routed:
-            raise TargetError("targets is empty: nothing to convert")
+            found = "names no linear inside this model" if config.targets else "is empty"
+            raise TargetError(f"targets={config.targets} {found}: nothing to convert; give names of linears")
         self.also_trained = find_modules(model, config.also_train)
         self._check_overlaps()
         self.stacks = find_stacks(model)

@@ -81,6 +81,9 @@ def test_a_budget_that_cannot_be() -> None:
         usage_budget([torch.zeros(2)], 2)
     with pytest.raises(ConfigError, match="no usage was measured"):
         usage_budget({}, 2)
+    for loads, total in (([torch.ones(2)], 4.5), ([], 4)):
+        with pytest.raises(ConfigError, match="give a whole number and measured layers"):
+            usage_budget(loads, total)  # type: ignore[arg-type]
 
 
 def test_linears_of_a_block_count_together() -> None:

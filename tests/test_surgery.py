@@ -59,6 +59,15 @@ def test_a_refused_model_is_untouched(case: str) -> None:
     assert list(model.state_dict()) == keys
 
 
+def test_what_is_no_model_or_no_configuration() -> None:
+    with pytest.raises(TargetError, match="'gpt2' is no model"):
+        molex.convert("gpt2", molex.preset("lora"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"'lora' is no MixtureConfig; give molex\.preset"):
+        molex.convert(tiny("llama"), "lora")  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match=r"targets=\('all',\) names no linear inside this model"):
+        molex.convert(nn.Linear(3, 3), molex.preset("lora"))
+
+
 def test_errors_are_the_standard_kinds_too() -> None:
     assert issubclass(TargetError, ValueError)
     assert issubclass(ConfigError, ValueError)

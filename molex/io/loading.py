@@ -47,7 +47,7 @@ def load(
         folder = find_folder(path, revision)
         return _convert_and_fill(source, read_record(folder), folder)
     if path is not None:
-        raise ConfigError(f"molex.load({source!r}, ...): the first of two arguments is the base, a model")
+        raise ConfigError(f"molex.load({source!r}, ...): no model; call molex.load(model, path) or molex.load(path)")
     folder = find_folder(source, revision)
     record = read_record(folder)
     return _convert_and_fill(_load_base(record, source, revision, dtype, device_map), record, folder)
@@ -55,6 +55,8 @@ def load(
 
 def find_folder(path: str | Path, revision: str | None = None) -> Path:
     """Where the files are: the folder itself, or a snapshot of it from the hub. Raises CheckpointError otherwise."""
+    if not isinstance(path, str | Path):
+        raise CheckpointError(f"{path!r} is no path; molex.load takes a folder written by mixture.save, or a hub id")
     folder = Path(path)
     if folder.is_dir():
         refuse_foreign(folder)

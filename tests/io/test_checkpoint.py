@@ -204,6 +204,12 @@ def test_a_path_that_is_no_mixture_is_refused(path: str, folder: Path) -> None:
         molex.load(tiny("llama"), folder.parent / path if path.startswith("out") else path)
 
 
+@pytest.mark.parametrize("path", [None, 3])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"{path} is no path"):
+        molex.load(path)
+
+
 def test_a_living_mixture_is_filled_or_left_alone(folder: Path) -> None:
     saved = molex.load(tiny("llama"), folder)
     mixture = of_preset("mixlora", also_train=("norm",))
