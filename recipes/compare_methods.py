@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, LlamaForCausalLM
 
+from molex.architectures import block_of
 from molex.config import MixtureConfig
 from molex.errors import ConfigError
 from molex.io.loading import load
@@ -98,10 +99,14 @@ def count(config: MixtureConfig) -> int:
 
 def active_parameters(mixture: Mixture) -> int:
     """Expert and router parameters that one token uses, on average over the last forward."""
+    shares = {
+        name: min(1.0, float(stats.counts.sum()) / max(stats.tokens, 1) / mixture.layers[name].experts.num_experts)
+        for name, stats in mixture.stats().items()
+    }
+    by_block = {block_of(name): share for name, share in shares.items()}  # a feed-forward block routes once
     total = 0.0
-    for name, stats in mixture.stats().items():
-        layer = mixture.layers[name]
-        share = float(stats.counts.sum()) / max(stats.tokens, 1) / layer.experts.num_experts
+    for name, layer in mixture.layers.items():
+        share = 1.0 if layer.experts.num_experts == 1 else shares.get(name, by_block.get(block_of(name), 1.0))
         total += share * sum(p.numel() for p in layer.experts.parameters())
         total += sum(p.numel() for p in layer.router.parameters()) if layer.router is not None else 0
     return round(total)
@@ -114,6 +119,14 @@ class Bench:
     names: list[str]
     arguments: Arguments
     out: Path
+
+    def title(self) -> str:
+        """What the numbers of this comparison are."""
+        a = self.arguments
+        return (
+            f"Exact match on {a.test} test questions a skill ({', '.join(self.names)}), trained at most {a.steps} steps, "
+            f"about {a.budget:,} trainable parameters, learning rates tried: {a.learning_rates}."
+        )
 
     def fit(self, mixture: Mixture, learning_rate: float, seed: int, steps: int) -> list[float]:
         """Trains until validation stops rising, at most `steps`; returns the validation scores."""
@@ -262,7 +275,7 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in wanted:
         rows[name] = run_row(bench, name)
-        text = f"Single-skill oracle: {oracle:.3f}\n\n{table(rows, oracle)}\n"
+        text = f"{bench.title()} Single-skill oracle: {oracle:.3f}.\n\n{table(rows, oracle)}\n"
         (bench.out / "table.md").write_text(text)
         bars({n: [c["test"] for c in cells] for n, cells in rows.items()}, bench.out / "table.png", oracle)
     for name in ("lora", "flylora") if len(names) > 1 else ():
