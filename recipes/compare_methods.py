@@ -124,8 +124,8 @@ class Bench:
         """What the numbers of this comparison are."""
         a = self.arguments
         return (
-            f"Exact match on {a.test} test questions a skill ({', '.join(self.names)}), trained at most {a.steps} steps, "
-            f"about {a.budget:,} trainable parameters, learning rates tried: {a.learning_rates}."
+            f"Exact match on {a.test} test questions a skill ({', '.join(self.names)}), trained at most {a.steps} "
+            f"steps, about {a.budget:,} trainable parameters, learning rates tried: {a.learning_rates}."
         )
 
     def fit(self, mixture: Mixture, learning_rate: float, seed: int, steps: int) -> list[float]:
