@@ -116,7 +116,7 @@ def _convert_and_fill(model: nn.Module, record: MixtureRecord, folder: Path) -> 
     try:
         _grow(mixture, record)
         fill(mixture, folder)
-    except BaseException:
+    except BaseException:  # an interrupt too must leave the model as it was
         mixture.revert()
         raise
     set_names_and_stages(mixture, record)
