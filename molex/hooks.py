@@ -5,10 +5,10 @@ never called. A state-space mixer is kept off its fused path. Hooks are objects,
 model calls the copy's state.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from molex.errors import TargetError
@@ -23,6 +23,7 @@ def watch_calls(model: nn.Module, stacks: tuple[Stack, ...], state: MixtureState
     for stack in stacks:
         handles.append(stack.module.register_forward_pre_hook(_Entrance(state, stack.kind), with_kwargs=True))
         handles.append(stack.module.register_forward_hook(_Unseen(state, stack.name)))
+        handles.append(stack.module.register_forward_hook(_Exit(state)))
     if len(stacks) == 1 and stacks[0].name:
         handles.append(model.register_forward_hook(_Unseen(state, "")))
     return handles
@@ -44,6 +45,19 @@ class _Entrance:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.state.begin(self.kind, module.training, bound_arguments(module, args, kwargs))
+
+
+class _Exit:
+    """A stack's forward ends, at the first tensor it returns."""
+
+    def __init__(self, state: MixtureState):
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: object, output: Any) -> None:
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+        tensor = next((value for value in values if isinstance(value, Tensor)), None)
+        if tensor is not None:
+            self.state.end(tensor)
 
 
 class _Unseen:

@@ -34,6 +34,7 @@ class MixtureState:
         self.unseen = set(layer_names)
         self._traced: set[str] = set()  # the stacks whose layers the trace holds
         self._graded: set[str] = set()  # the layers that ran with gradients
+        self._reached: dict[str, Decision] | None = None  # the trace of the forward whose backward runs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MixtureState":
         """A copy without the tensors of the last forward, which autograd would refuse to copy."""
@@ -49,6 +50,7 @@ class MixtureState:
         if not self.enabled:
             return
         self.pending.clear()
+        self._reached = None
         self.stacks.pop(stack, None)
         context = read_tokens(arguments)
         if context is not None:
@@ -70,16 +72,32 @@ class MixtureState:
         if self.steps is not None:
             self.steps.append(self.trace)
 
+    def end(self, output: Tensor) -> None:
+        """A stack's forward ended. Its backward starts here, and recomputes from its own trace, however many other
+        forwards came between."""
+        if not self.enabled or not output.requires_grad or torch.compiler.is_compiling():
+            return
+        trace = self.trace
+
+        def reach(grad: Tensor) -> None:
+            self._reached = trace
+
+        output.register_hook(reach)
+
+    def _recomputed(self, layer: str) -> Decision | None:
+        """What was decided in the forward that is now recomputed; None outside of recomputation."""
+        if not _recomputes():
+            return None
+        return (self.trace if self._reached is None else self._reached).get(layer)
+
     def context(self, layer: str, stack: str, x: Tensor, training: bool) -> RouteContext:
         """What the router of a layer may know about its input x (..., D). Recomputation sees what forward saw.
 
         Raises StateError where the layer's tokens are not those of the model's call.
         """
         num_tokens = x.shape[:-1].numel()
-        if _recomputes() and layer in self.trace:
-            context = self.trace[layer].context
-        else:
-            context = self._current(layer, stack, x, training)
+        earlier = self._recomputed(layer)
+        context = self._current(layer, stack, x, training) if earlier is None else earlier.context
         if context.shape[0] * context.shape[1] != num_tokens:
             raise StateError(f"{layer} received {num_tokens} tokens, the model's call has {context.shape}")
         return context
@@ -101,7 +119,8 @@ class MixtureState:
 
     def decided(self, layer: str) -> Routing:
         """What the model-scope router decided for a layer; recomputation sees what forward saw."""
-        return self.trace[layer].routing if _recomputes() and layer in self.trace else self.assigned[layer]
+        earlier = self._recomputed(layer)
+        return self.assigned[layer] if earlier is None else earlier.routing
 
     def requested(self, context: RouteContext, num_experts: int, num_heads: int, x: Tensor) -> Routing | None:
         """The routing a caller asked for, if any: one expert at weight 1 for each sequence, alike in every head.

@@ -136,6 +136,30 @@ def test_checkpointing_gives_equal_gradients(name: str, method: str) -> None:
             torch.testing.assert_close(again[parameter], gradient, msg=parameter)
 
 
+@pytest.mark.parametrize(("name", "method"), CHECKPOINTED)
+def test_checkpointing_two_forwards_before_one_backward(name: str, method: str) -> None:
+    """Each is recomputed with its own tasks, mask and decisions, not with those of the later one."""
+    mixture = mixture_of(name, method, train_experts=True)
+    model = mixture.model.train()
+    batch = batch_for(model)
+    other = {key: value.roll(1, 0) for key, value in batch.items()}
+    other["attention_mask"] = torch.ones_like(batch["input_ids"]).index_fill(1, torch.tensor([5, 6]), 0)
+
+    def both() -> dict[str, Tensor]:
+        model.zero_grad()
+        losses = []
+        for tasks, inputs in (([0, 1], batch), ([1, 1], other)):
+            with mixture.using(tasks=tasks):
+                losses.append(model(**inputs).loss + 10 * mixture.aux_loss())
+        sum(losses).backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    plain = both()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for parameter, gradient in both().items():
+        torch.testing.assert_close(gradient, plain[parameter], msg=parameter)
+
+
 @pytest.mark.parametrize("method", ["mola", "mixlora"])
 def test_reentrant_checkpointing_is_refused(method: str) -> None:
     mixture = mixture_of(method=method)
