@@ -12,6 +12,7 @@ from molex.errors import MolexError
 if TYPE_CHECKING:
     from molex.allocation import allocate, usage_budget
     from molex.config import MixtureConfig
+    from molex.experts import LoRA
     from molex.io.loading import load
     from molex.mixture import Mixture
     from molex.presets import preset
@@ -25,6 +26,7 @@ _HOMES = {
     "allocate": "molex.allocation",
     "usage_budget": "molex.allocation",
     "MixtureConfig": "molex.config",
+    "LoRA": "molex.experts",
     "Mixture": "molex.mixture",
     "preset": "molex.presets",
     "RouteContext": "molex.routing",
@@ -34,6 +36,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "LoRA",
     "Mixture",
     "MixtureConfig",
     "MolexError",

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from molex.errors import ConfigError, check_choice
+from molex.checks import check_choice, check_settings, near_and_known
+from molex.errors import ConfigError
 from molex.experts import ExpertsConfig, expert_kinds
 from molex.experts.lora import LoRAConfig
 from molex.losses import Loss, losses
 from molex.registry import Registry
 from molex.routers import RouterConfig, routers
 from molex.routers.constant import ConstantConfig
-from molex.settings import check_settings, near_and_known
 
 Scaling = Literal["alpha/rank", "alpha/sqrt(rank)", "alpha/num_experts", "alpha"]
 
@@ -64,6 +64,9 @@ class MixtureConfig:
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         if not ranks or any(not isinstance(rank, int) or rank < 1 for rank in ranks):
             raise ConfigError(f"rank={self.rank!r}: whole numbers, at least 1")
+        alphas = self.alpha if isinstance(self.alpha, tuple) else (self.alpha,)
+        if not all(alpha > 0 for alpha in alphas):
+            raise ConfigError(f"alpha={self.alpha!r}: numbers above 0; experts of scale 0 would add nothing")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout={self.dropout} must be in [0, 1)")
 

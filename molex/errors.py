@@ -28,9 +28,3 @@ class CheckpointError(MolexError, ValueError):
 
 class BackendError(MolexError, RuntimeError):
     """A backend asked for by name that cannot run here; the message says why."""
-
-
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raises ConfigError unless a setting has one of the values it can have."""
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")

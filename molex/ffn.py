@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from molex.bases import features
 from molex.errors import StateError, TargetError
 from molex.experts import ExpertBank
 from molex.kernels import Form
 from molex.layer import MixtureLinear
+from molex.linears import features
 from molex.routers import Router
 from molex.routing import Routing
 from molex.state import MixtureState

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from molex.errors import TargetError
-from molex.stacks import Stack
 from molex.state import MixtureState
-from molex.tokens import bound_arguments
+from molex.tokens import Stack, bound_arguments
 
 
 def watch_calls(model: nn.Module, stacks: tuple[Stack, ...], state: MixtureState) -> list[RemovableHandle]:

@@ -12,8 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from molex.errors import ConfigError
-from molex.experts import ExpertBank
+from molex.experts import ExpertBank, LoRA
 from molex.kernels import Form
 from molex.routers import Router
 from molex.routing import RouteContext, Routing
@@ -24,6 +23,7 @@ class MixtureLinear(nn.Module):
     """What surgery puts in the place of a linear. `router` is None where another object decides for this layer."""
 
     form: Form = "linear"
+    plain = False  # one ordinary LoRA beside the routed layers (MixLoRA's attention), no expert of the mixture
 
     def __init__(
         self, name: str, stack: str, base: nn.Module, experts: ExpertBank, router: Router | None, state: MixtureState
@@ -64,9 +64,7 @@ class MixtureLinear(nn.Module):
     def route(self, x: Tensor, activations: Tensor | None) -> Routing:
         """Decides for x (..., D) and records the decision. activations (T, C): A x, for routers that read it."""
         context = self.state.context(self.name, self.stack, x, self.training)
-        num_experts = self.experts.num_experts
-        num_heads = 1 if self.router is None else self.router.num_experts // num_experts
-        routing = self.state.requested(context, num_experts, num_heads, x)
+        routing = self.state.requested(context, self.experts.num_experts, self.experts.num_heads, x)
         if routing is None:
             routing = self.decide(x, dataclasses.replace(context, activations=activations))
         self.state.record(routing, context)
@@ -77,19 +75,17 @@ class MixtureLinear(nn.Module):
             return self.state.decided(self.name)
         return self.router(x.reshape(-1, x.shape[-1]), context)
 
-    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
-        """Puts a pretrained LoRA A (R, D), B (O, R) in an expert's place. Raises ConfigError on a wrong id or shape."""
-        self.experts.load_expert(expert_id, name, A, B, scale)
-        learn = getattr(self.router, "learn_expert", None)
-        if learn is not None:
-            learn(expert_id, A, B)
+    def load_expert(self, expert_id: int, name: str, lora: LoRA) -> None:
+        """Puts a pretrained LoRA in an expert's place. Raises ConfigError on a wrong id or shape."""
+        self.experts.load_expert(expert_id, name, lora)
+        if self.router is not None:
+            self.router.learn_expert(expert_id, lora.A, lora.B)
 
-    def zero_factors(self, expert_id: int) -> tuple[Tensor, Tensor]:
-        """The factors of an expert that adds nothing here. Raises ConfigError on a wrong id."""
-        if not 0 <= expert_id < self.experts.num_experts:
-            raise ConfigError(f"{self.name}: expert {expert_id} of a bank of {self.experts.num_experts}")
-        rank = self.experts.ranks[expert_id]
-        return torch.zeros(rank, self.in_features), torch.zeros(self.out_features, rank)
+    def zero_expert(self, expert_id: int) -> LoRA:
+        """An expert that adds nothing here. Raises ConfigError on a wrong id."""
+        self.experts.check_id(expert_id)
+        rank, scale = self.experts.ranks[expert_id], float(self.experts.scale[expert_id])
+        return LoRA(torch.zeros(rank, self.in_features), torch.zeros(self.out_features, rank), scale)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.experts.num_experts} experts"

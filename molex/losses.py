@@ -7,6 +7,7 @@ does slightly, since each micro-batch has its own means.
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molex.architectures import block_of
+from molex.checks import check_choice, check_range
+from molex.distributed import all_ranks
 from molex.entropy import check_entropy_index, normalised_entropy
-from molex.errors import ConfigError, StateError, check_choice
-from molex.reductions import add_up, all_ranks, masked_mean
+from molex.errors import ConfigError, StateError
 from molex.registry import Registry
 from molex.routing import Decision, Trace
 
@@ -31,6 +33,17 @@ class Loss(ABC):
 
 
 losses: Registry[type[Loss]] = Registry("loss")
+
+
+def total_loss(parts: Sequence[Loss], trace: Trace) -> Tensor | None:
+    """The sum of a method's losses over the layers that had a choice; None where none had. A model spread over several
+    devices leaves its decisions on them."""
+    scored = {name: decision for name, decision in trace.items() if decision.routing.num_experts > 1}
+    if not parts or not scored:
+        return None
+    device = next(iter(scored.values())).routing.weights.device
+    together = {name: d if d.routing.weights.device == device else d.to(device) for name, d in scored.items()}
+    return add_up([loss(together) for loss in parts])
 
 
 @losses.register("load_balance")
@@ -49,6 +62,7 @@ class LoadBalance(Loss):
     balance_counts: Literal["slots", "shares", "weights"] = "slots"
 
     def __post_init__(self) -> None:
+        check_range("balance_coefficient", self.balance_coefficient, 0)
         check_choice("balance_over", self.balance_over, ("model", "block"))
         check_choice("balance_counts", self.balance_counts, ("slots", "shares", "weights"))
 
@@ -81,16 +95,17 @@ class LoadBalance(Loss):
 @dataclass(frozen=True, kw_only=True)
 class Entropy(Loss):
     """DynMoLE's certainty term: the mean normalised Tsallis entropy of softmax(logits), over tokens and layers.
-    entropy_loss_index is its q."""
+    entropy_index is its q, which the router's setting of that name shares, as in the authors' code."""
 
     entropy_coefficient: float = 1e-2
-    entropy_loss_index: float = 1.1
+    entropy_index: float = 1.1
 
     def __post_init__(self) -> None:
-        check_entropy_index("entropy_loss_index", self.entropy_loss_index)
+        check_entropy_index("entropy_index", self.entropy_index)
+        check_range("entropy_coefficient", self.entropy_coefficient, 0)
 
     def __call__(self, trace: Trace) -> Tensor:
-        q = self.entropy_loss_index
+        q = self.entropy_index
         rows = [(normalised_entropy(d.scored().softmax(-1), q)[:, None], d.mask()) for d in trace.values()]
         return self.entropy_coefficient * masked_mean(rows)[0]
 
@@ -110,7 +125,13 @@ class LocalizedBalance(Loss):
     delta: float = 0.1
     squared_mean: bool = True
 
+    def __post_init__(self) -> None:
+        check_range("localized_coefficient", self.localized_coefficient, 0)
+        check_range("delta", self.delta, 0, 1)
+
     def __call__(self, trace: Trace) -> Tensor:
+        if self.localized_coefficient == 0:
+            return _zero(trace)
         return self.localized_coefficient * add_up([self._one(d) for d in trace.values()])
 
     def _one(self, decision: Decision) -> Tensor:
@@ -153,7 +174,12 @@ class TaskCrossEntropy(Loss):
 
     task_coefficient: float = 50.0
 
+    def __post_init__(self) -> None:
+        check_range("task_coefficient", self.task_coefficient, 0)
+
     def __call__(self, trace: Trace) -> Tensor:
+        if self.task_coefficient == 0:
+            return _zero(trace)
         return self.task_coefficient * masked_mean([self._one(d) for d in trace.values()])[0]
 
     def _one(self, decision: Decision) -> tuple[Tensor, Tensor]:
@@ -187,12 +213,13 @@ class SpecialisationBalance(Loss):
     entropy_sign: Literal["paper", "specialise"] = "paper"
 
     def __post_init__(self) -> None:
+        check_range("specialisation_coefficient", self.specialisation_coefficient, 0)
         check_choice("entropy_sign", self.entropy_sign, ("paper", "specialise"))
 
     def __call__(self, trace: Trace) -> Tensor:
         terms = [self._one(d) for d in trace.values() if d.routing.logits is not None]
         if not terms:
-            return next(iter(trace.values())).routing.weights.new_zeros(())
+            return _zero(trace)
         return self.specialisation_coefficient * add_up(terms) / len(terms)
 
     def _one(self, decision: Decision) -> Tensor:
@@ -204,6 +231,10 @@ class SpecialisationBalance(Loss):
         probability_E, frequency_E, entropy = means.split([num_experts, num_experts, 1])
         sign = -1 if self.entropy_sign == "paper" else 1
         return (probability_E * frequency_E).sum() + sign * self.entropy_weight * entropy[0]
+
+
+def _zero(trace: Trace) -> Tensor:
+    return next(iter(trace.values())).routing.weights.new_zeros(())
 
 
 def _by_block(trace: Trace) -> list[list[Decision]]:
@@ -218,3 +249,16 @@ def _by_num_experts(trace: Trace) -> list[list[Decision]]:
     for decision in trace.values():
         groups[decision.routing.num_experts].append(decision)
     return list(groups.values())
+
+
+def masked_mean(rows: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Mean of values (T_i, F) under masks (T_i,), over all parts and all ranks -> (F,); 0 where nothing is real."""
+    sums_F = add_up([(values * mask[:, None]).sum(0) for values, mask in rows])
+    count = add_up([mask.sum() for _, mask in rows]).to(sums_F.dtype)
+    both = all_ranks(torch.cat([sums_F, count[None]]))
+    return both[:-1] / both[-1].clamp(min=1)
+
+
+def add_up(terms: list[Tensor]) -> Tensor:
+    """The sum of equally shaped terms, which may lie on different devices; on the first one's."""
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum(0)

@@ -7,8 +7,8 @@ known ones. This is what makes a new router cost one file and one import line.
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar, cast
 
+from molex.checks import near_and_known
 from molex.errors import ConfigError
-from molex.settings import near_and_known
 
 T = TypeVar("T")
 Item = TypeVar("Item")

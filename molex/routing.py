@@ -77,6 +77,7 @@ class RouteContext:
     token_mask: Tensor | None = None  # bool, True = a real token; None = all are
     task_ids: Tensor | None = None  # int64
     segment_ids: Tensor | None = None  # int64, counts sequences through a packed batch
+    request_ids: Tensor | None = None  # int64, the expert asked for by name; -1 = the base alone
     layer: str = ""
     training: bool = False
     activations: Tensor | None = None  # (T, C) = A x, only for routers that route on it
@@ -108,8 +109,8 @@ class Decision(NamedTuple):
 
     def to(self, device: torch.device) -> "Decision":
         """The same on another device, with gradient."""
-        context = {name: getattr(self.context, name) for name in ("token_mask", "task_ids", "segment_ids")}
-        moved = {name: field.to(device) for name, field in context.items() if field is not None}
+        names = ("token_mask", "task_ids", "segment_ids", "request_ids")
+        moved = {n: field.to(device) for n in names if (field := getattr(self.context, n)) is not None}
         return Decision(self.routing.to(device), dataclasses.replace(self.context, **moved))
 
 

@@ -6,6 +6,8 @@ is global, so checkpointing, copies of the model and interleaved models cannot d
 """
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -44,6 +46,16 @@ class MixtureState:
         memo[id(self)] = twin
         return twin
 
+    @contextmanager
+    def replaced(self, **fields: Any) -> Iterator[None]:
+        """Some of the fields above changed for a while."""
+        before = {name: getattr(self, name) for name in fields}
+        vars(self).update(fields)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
     def begin(self, stack: str, training: bool, arguments: dict[str, Any]) -> None:
         """A stack's forward starts: read its tokens, forget the last forward's routing. The base alone, with the
         mixture disabled, changes nothing."""
@@ -74,7 +86,7 @@ class MixtureState:
 
     def end(self, output: Tensor) -> None:
         """A stack's forward ended. Its backward starts here, and recomputes from its own trace, however many other
-        forwards came between."""
+        forwards came between. One backward at a time: over several devices autograd would run two at once."""
         if not self.enabled or not output.requires_grad or torch.compiler.is_compiling():
             return
         trace = self.trace
@@ -107,14 +119,19 @@ class MixtureState:
         if context is None:
             num_rows = x.shape[0] if x.dim() > 1 else 1
             context = RouteContext((num_rows, x.shape[:-1].numel() // max(num_rows, 1)))
-        tasks = None if self.tasks is None else spread_ids(self.tasks, context)
+        tasks = None if self.tasks is None else spread_ids(self.tasks, context, "task ids")
+        requests = None if self.request is None else spread_ids(self.request, context, "adapters")
+        mask_T, tasks_T = _beside(context.token_mask, x), _beside(tasks, x)
+        if tasks_T is not None and mask_T is not None:
+            tasks_T = tasks_T.where(mask_T, 0)  # padding may carry any number
         return dataclasses.replace(
             context,
             layer=layer,
             training=training,
-            token_mask=_beside(context.token_mask, x),
+            token_mask=mask_T,
             segment_ids=_beside(context.segment_ids, x),
-            task_ids=_beside(tasks, x),
+            task_ids=tasks_T,
+            request_ids=_beside(requests, x),
         )
 
     def decided(self, layer: str) -> Routing:
@@ -127,9 +144,9 @@ class MixtureState:
 
         A layer of one expert has it at work for whoever asks for any.
         """
-        if self.request is None:
+        ids_T = context.request_ids
+        if ids_T is None:
             return None
-        ids_T = spread_ids(self.request, dataclasses.replace(context, token_mask=None), "adapters").to(x.device)
         ids_T = ids_T.clamp(max=0) if num_experts == 1 else ids_T
         ids_TK = ids_T[:, None] + num_experts * torch.arange(num_heads, device=x.device)
         ids_TK = ids_TK.where(ids_T[:, None] >= 0, -1)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from molex.distributed import all_ranks
 from molex.entropy import shannon_entropy
-from molex.reductions import all_ranks
 from molex.routing import Decision, Trace
 
 

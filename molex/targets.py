@@ -6,18 +6,47 @@ that lists the nearest names.
 
 from collections import defaultdict
 from difflib import get_close_matches
+from typing import NamedTuple
 
 from torch import nn
 
 from molex.architectures import ROLE_NAMES, ROLES, block_of, matches
-from molex.bases import features
+from molex.config import MixtureConfig
 from molex.errors import TargetError
-from molex.stacks import find_stacks
+from molex.linears import features
+from molex.tokens import find_stacks
 
 Linears = dict[str, nn.Module]
 
 
-def find_targets(model: nn.Module, entries: tuple[str, ...]) -> Linears:
+class Targets(NamedTuple):
+    """routed: get experts and a router. plain: get one LoRA. also_trained: names of modules trained whole."""
+
+    routed: Linears
+    plain: Linears
+    also_trained: list[str]
+
+
+def find_targets(model: nn.Module, config: MixtureConfig) -> Targets:
+    """What a configuration means in this model. Raises TargetError as the module says, and on overlaps."""
+    routed = find_linears(model, config.targets)
+    if not routed:
+        found = "names no linear inside this model" if config.targets else "is empty"
+        raise TargetError(f"targets={config.targets} {found}: nothing to convert; give names of linears")
+    plain = find_linears(model, config.plain_targets)
+    also_trained = find_modules(model, config.also_train)
+    both = sorted(set(routed) & set(plain))
+    if both:
+        raise TargetError(f"{both[0]} is both in targets and in plain_targets; leave it in one")
+    for whole in also_trained:
+        inside = [name for name in (*routed, *plain) if f"{name}.".startswith(f"{whole}.")]
+        if inside:
+            raise TargetError(f"also_train names {whole}, which holds the target {inside[0]}; leave it in one")
+    _refuse_shared(model, {*routed, *plain})
+    return Targets(routed, plain, also_trained)
+
+
+def find_linears(model: nn.Module, entries: tuple[str, ...]) -> Linears:
     """The linears that roles and patterns name, in the model's order. Raises TargetError as the module says."""
     linears = {name: module for name, module in model.named_modules() if name and features(module)}
     wanted: set[str] = set()
@@ -43,6 +72,16 @@ def by_block(names: list[str]) -> dict[str, list[str]]:
     for name in names:
         blocks[block_of(name)].append(name)
     return dict(blocks)
+
+
+def _refuse_shared(model: nn.Module, targets: set[str]) -> None:
+    """A linear in two places would get experts in one; a block that runs twice would forget its first routing."""
+    first_at = {module: name for name, module in model.named_modules()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if first_at[module] in targets and first_at[module] != name:
+            raise TargetError(
+                f"{first_at[module]} and {name} are one module; molex takes linears that stand in one place"
+            )
 
 
 def _matching(model: nn.Module, pattern: str, linears: Linears) -> set[str]:

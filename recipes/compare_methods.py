@@ -30,12 +30,12 @@ from molex.config import MixtureConfig
 from molex.errors import ConfigError
 from molex.io.loading import load
 from molex.mixture import Mixture
-from molex.plots import bars
 from molex.presets import preset, presets
 from molex.routers.staged import Stage, StagedRouter
 from molex.surgery import convert
 from molex.workbench import dataset, exact_match, load_base, load_tokenizer, skills
 from molex.workbench.model import base_config
+from molex.workbench.plots import bars
 from molex.workbench.settings import OVER_ADAPTERS, task_types, workbench_preset
 from molex.workbench.training import Run, fit
 
@@ -157,7 +157,7 @@ class Bench:
         if method in OVER_ADAPTERS:
             library = load(self.out / "experts" / str(seed))
             for expert_id in range(len(self.names)):
-                mixture.load_expert(expert_id, self.names[expert_id], library.factors(expert_id), scale=2.0)
+                mixture.load_expert(expert_id, self.names[expert_id], library.factors(expert_id))
             return self.fit(mixture, learning_rate, seed, steps // 2) if mixture.trainable_parameters() else []
         if method != "lora-mixer":
             return self.fit(mixture, learning_rate, seed, steps)

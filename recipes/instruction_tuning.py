@@ -216,7 +216,7 @@ def report(mixture: molex.Mixture, metrics: Row, example: tuple[str, str], folde
     """What was trained, how well, what it says, where it is."""
     console = Console()
     parts = Table("part", "value", title=f"{mixture.config.method}: parameters")
-    for name, value in mixture.summary().items():
+    for name, value in mixture.num_parameters().items():
         parts.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
     numbers = Table("metric", "value", title="last metrics")
     for name, value in metrics.items():

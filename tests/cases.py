@@ -108,7 +108,7 @@ EXPERTS: dict[str, ExpertsCase] = {
     "lora": ExpertsCase(LoRAConfig(), eq.lora, "unequal ranks", ranks=(1, 3, 2)),
     "dora": ExpertsCase(DoRAConfig(), eq.dora, "unequal ranks, magnitudes off their start", ranks=(2, 1, 3)),
     "shared_a": ExpertsCase(SharedAConfig(), eq.hydra, "one A"),
-    "sparse_a": ExpertsCase(SparseAConfig(density=0.5), eq.lora, "single ranks, A frozen", ranks=(1, 1, 1, 1)),
+    "sparse_a": ExpertsCase(SparseAConfig(top_k=2), eq.lora, "single ranks, A frozen", ranks=(1, 1, 1, 1)),
     "averaged": ExpertsCase(AveragedConfig(num_heads=2), eq.averaged, "two heads", heads=2),
     "shards": ExpertsCase(ShardsConfig(pool_rank=3, private_rank=1), eq.shards, "private and public", ranks=(3,)),
 }
@@ -122,7 +122,7 @@ LOSSES: dict[str, LossCase] = {
         why="per block, shares: E Σ c P is 1 for even routing, E / k where one of k chosen has all probability",
     ),
     "entropy": LossCase(
-        Entropy(entropy_coefficient=0.5, entropy_loss_index=1.3),
+        Entropy(entropy_coefficient=0.5, entropy_index=1.3),
         eq.entropy,
         uniform=0.5,
         collapsed=0.0,

@@ -244,9 +244,7 @@ def load_balance(loss: Any, trace: Any) -> Any:
 
 def entropy(loss: Any, trace: Any) -> Any:
     """The mean normalised Tsallis entropy over tokens and linears."""
-    rows = [
-        tsallis(softmax(d.routing.logits[t]), loss.entropy_loss_index) for d in trace.values() for t in real_tokens(d)
-    ]
+    rows = [tsallis(softmax(d.routing.logits[t]), loss.entropy_index) for d in trace.values() for t in real_tokens(d)]
     return loss.entropy_coefficient * mean(rows)
 
 

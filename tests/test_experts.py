@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import molex
 from molex.errors import ConfigError, TargetError
-from molex.experts import ExpertBank, ExpertsConfig, LayerShape, expert_kinds
+from molex.experts import ExpertBank, ExpertsConfig, LayerShape, LoRA, expert_kinds
 from molex.experts.averaged import AveragedConfig
 from molex.experts.dora import DoRAConfig
 from molex.experts.lora import LoRABank, LoRAConfig
@@ -206,7 +207,7 @@ def test_materialize_is_what_one_expert_adds(name: str) -> None:
     bank, base = built(case)
     randomised(bank)
     if name == "dora":
-        with pytest.raises(TargetError, match="rescales"):
+        with pytest.raises(ConfigError, match="rescales"):
             bank.materialize(0)
         return
     for expert in range(len(case.ranks)):
@@ -229,16 +230,16 @@ def test_a_loaded_expert_is_that_lora_or_a_clear_error(name: str) -> None:
     A_RD, B_OR = torch.randn(rank, WIDTH).double(), torch.randn(OUT, rank).double()
     if name in ("dora", "shared_a", "shards"):
         with pytest.raises(ConfigError, match="load"):
-            bank.load_expert(expert, "law", A_RD, B_OR, scale)
+            bank.load_expert(expert, "law", LoRA(A_RD, B_OR, scale))
         return
-    bank.load_expert(expert, "law", A_RD, B_OR, scale)
+    bank.load_expert(expert, "law", LoRA(A_RD, B_OR, scale))
     torch.testing.assert_close(bank.materialize(expert), scale * B_OR @ A_RD)
     assert bank.names[expert] == "law"
     for e, before in enumerate(others):
         assert torch.equal(bank.materialize(e), before), "another expert changed"
     for wrong_id, wrong_A in ((9, A_RD), (-1, A_RD), (expert, torch.randn(rank + 1, WIDTH))):
         with pytest.raises(ConfigError, match="expert"):
-            bank.load_expert(wrong_id, "law", wrong_A, B_OR, scale)
+            bank.load_expert(wrong_id, "law", LoRA(wrong_A, B_OR, scale))
 
 
 @every_kind
@@ -277,7 +278,7 @@ def test_shapes_that_cannot_be_are_refused(config: ExpertsConfig, ranks: Any, sc
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: SparseAConfig(density=0),
+        lambda: SparseAConfig(top_k=0),
         lambda: ShardsConfig(pool_rank=1, private_rank=2),
         lambda: ShardsConfig(shards_per_vector=0),
         lambda: LoRAConfig(init="zeros"),  # type: ignore[arg-type]
@@ -298,6 +299,18 @@ def test_initial_factors() -> None:
     assert float(gaussian.lora_A.std()) == pytest.approx(1 / 8, rel=0.05)
     averaged = AveragedConfig(num_heads=2).build(shape)
     assert float(averaged.lora_A.abs().max()) == pytest.approx(1000**-0.5, rel=1e-3)  # type: ignore[union-attr]
+    pool = ShardPool(ShardsConfig(), 8, shape)
+    assert float(pool.pool_A.abs().max()) == pytest.approx(1000**-0.5, rel=1e-3)
+
+
+def test_each_gaussian_expert_has_the_spread_of_its_own_rank() -> None:
+    shape = LayerShape("l", nn.Linear(1000, 10), 1000, 10, (2, 32), (1.0, 1.0), 0.0, torch.device("cpu"), torch.float32)
+    bank = LoRAConfig(init="gaussian").build(shape)
+    assert isinstance(bank, LoRABank)
+    for rows_RD, rank in zip(bank.lora_A.split((2, 32)), (2, 32), strict=True):
+        assert float(rows_RD.std()) == pytest.approx(1 / rank, rel=0.1)
+    bank.grow(1, rank=4, scale=1.0)
+    assert float(bank.lora_A.std()) == pytest.approx(1 / 4, rel=0.1)
 
 
 def test_flyloras_a_is_sparse_frozen_and_of_the_papers_size() -> None:
@@ -309,6 +322,16 @@ def test_flyloras_a_is_sparse_frozen_and_of_the_papers_size() -> None:
     assert float(bank.lora_A[bank.lora_A != 0].std()) == pytest.approx(1 / 32, rel=0.02)
     assert not bank.lora_A.requires_grad
     assert bank.lora_B.requires_grad
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "kept"), [(32, 8, 128), (64, 8, 64), (64, 16, 128), (128, 8, 32)])
+def test_flyloras_sparsity_follows_what_a_token_uses(num_experts: int, top_k: int, kept: int) -> None:
+    """D · k / r non-zeros in a row, at every size."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(512, 8)})])})
+    config = molex.preset("flylora", num_experts=num_experts, top_k=top_k, targets="up")
+    (layer,) = molex.convert(model, config).layers.values()
+    assert (layer.experts.lora_A != 0).sum(1).tolist() == [kept] * num_experts
+    assert layer.router.config.top_k == top_k
 
 
 def test_frozen_experts_stay_and_can_still_be_loaded() -> None:
@@ -330,7 +353,7 @@ def test_frozen_experts_stay_and_can_still_be_loaded() -> None:
     assert float(bank.materialize(4).abs().sum()) > 0
     for e, rank in ((0, 2), (2, 3), (4, 1)):
         A_RD, B_OR = torch.randn(rank, WIDTH).double(), torch.randn(OUT, rank).double()
-        bank.load_expert(e, "law", A_RD, B_OR, 0.5)
+        bank.load_expert(e, "law", LoRA(A_RD, B_OR, 0.5))
         torch.testing.assert_close(bank.materialize(e), 0.5 * B_OR @ A_RD)
 
 

@@ -11,6 +11,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 import molex
 from molex import Mixture
 from molex.presets import presets
+from molex.routers.arrow import ArrowRouter
 from tests.models import ENCODER_DECODER, VOCABULARY, tiny
 
 # what a preset needs to fit a model of two layers and two tasks; a new preset needs no line here if its defaults do
@@ -61,10 +62,10 @@ def randomise(model: PreTrainedModel, mixture: Mixture) -> None:
             if mixture.owns(name) and not name.endswith((".lora_A", ".magnitude")):
                 parameter.normal_(std=0.3)
     for layer in mixture.layers.values():
-        if hasattr(layer.router, "learn_expert"):
+        if isinstance(layer.router, ArrowRouter):
             for i, rank in enumerate(layer.experts.ranks):
                 A, B = torch.randn(rank, layer.in_features) / 6, torch.randn(layer.out_features, rank) / 3
-                layer.load_expert(i, str(i), A, B, 1.0)
+                layer.load_expert(i, str(i), molex.LoRA(A, B, 1.0))
 
 
 def padded(prompts: tuple[list[int], ...] = PROMPTS) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from molex.losses import (
     Entropy,
     LoadBalance,
     LocalizedBalance,
+    Loss,
     SpecialisationBalance,
     TaskCrossEntropy,
     losses,
@@ -152,10 +153,23 @@ def test_layers_of_unlike_sizes(name: str) -> None:
     trace = random_trace(case)
     wider = random_trace(case, num_experts=6)
     mixed = {**trace, **{n.replace("layers.", "layers.1"): d for n, d in wider.items()}}
-    loss = case.config(mixed)
-    if not (isinstance(case.config, LoadBalance) and case.config.balance_over == "model"):
-        torch.testing.assert_close(loss, case.value(case.config, mixed))
-    assert bool(loss.isfinite())
+    torch.testing.assert_close(case.config(mixed), case.value(case.config, mixed))
+
+
+def test_balance_over_a_model_weighs_groups_of_unlike_layers_by_their_number() -> None:
+    case = case_of("load_balance")
+    few, many = random_trace(case), random_trace(case, num_experts=6)
+    more = {f"{n}{i}": d for n, d in many.items() for i in range(3)}
+    loss = LoadBalance(balance_coefficient=1.0)
+    expected = (len(few) * loss(few) + len(more) * loss(more)) / (len(few) + len(more))
+    torch.testing.assert_close(loss({**few, **more}), expected)
+    assert float((loss(few) - loss(more)).abs()) > 1e-3
+
+
+@pytest.mark.parametrize("loss", [LocalizedBalance(localized_coefficient=0.0), TaskCrossEntropy(task_coefficient=0.0)])
+def test_a_coefficient_of_zero_asks_for_no_tasks(loss: Loss) -> None:
+    without_tasks = dataclasses.replace(context(length=8), task_ids=None)
+    assert float(loss(uniform_trace(5, 2, LINEARS, without_tasks))) == 0.0
 
 
 def uniform_trace(num_experts: int, top_k: int, linears: list[str], ctx: RouteContext) -> Trace:
@@ -219,8 +233,8 @@ def test_every_form_of_load_balance(counts: Any, over: Any) -> None:
 
 @pytest.mark.parametrize("q", [0, 2.5, 1.001])
 def test_entropy_index_has_a_range(q: float) -> None:
-    with pytest.raises(ConfigError, match="entropy_loss_index"):
-        Entropy(entropy_loss_index=q)
+    with pytest.raises(ConfigError, match="entropy_index"):
+        Entropy(entropy_index=q)
 
 
 def test_counts_have_no_gradient_but_soft_mass_has() -> None:

@@ -84,14 +84,16 @@ def test_plain_loras_are_no_experts_of_the_mixture() -> None:
     mixture = mixture_of(method="mixlora")
     plain = {name: layer.experts.lora_B.clone() for name, layer in mixture.layers.items() if "attn" in name}
     routed = {name: layer for name, layer in mixture.layers.items() if name not in plain}
-    factors = {name: (torch.ones(4, x.in_features), torch.ones(x.out_features, 4)) for name, x in routed.items()}
-    mixture.load_expert(2, "law", factors, 1.0)
+    factors = {
+        name: molex.LoRA(torch.ones(4, x.in_features), torch.ones(x.out_features, 4), 1.0) for name, x in routed.items()
+    }
+    mixture.load_expert(2, "law", factors)
     assert mixture.experts == ["0", "1", "law"]
     assert all(torch.equal(mixture.layers[name].experts.lora_B, B) for name, B in plain.items())
     mixture.model(torch.full((2, 3), 5))
     assert set(mixture.stats()) < set(routed)
     with pytest.raises(ConfigError, match="expert 3 of a bank of 3"):
-        mixture.load_expert(3, "art", {}, 1.0)
+        mixture.load_expert(3, "art", {})
 
 
 @pytest.mark.parametrize("method", ["mola", "arrow", "poly"])
@@ -99,15 +101,17 @@ def test_an_expert_that_does_not_fit_everywhere_changes_nothing(method: str) -> 
     """The last layer's B has a row too many: the error names the layer, and the earlier ones are as they were."""
     mixture = mixture_of(method=method)
     before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
-    factors = {n: (torch.ones(4, x.in_features), torch.ones(x.out_features, 4)) for n, x in mixture.layers.items()}
+    factors = {
+        n: molex.LoRA(torch.ones(4, x.in_features), torch.ones(x.out_features, 4), float(x.experts.scale[0]))
+        for n, x in mixture.layers.items()
+    }
     *_, last = mixture.layers
-    A_RD, B_OR = factors[last]
-    scale = float(mixture.layers[last].experts.scale[0])
+    taller = factors[last]._replace(B=torch.cat([factors[last].B, factors[last].B[:1]]))
     with pytest.raises(ConfigError, match=rf"{last}: expert 2 takes A \(4, \d+\) and B \(\d+, 4\), got"):
-        mixture.load_expert(2, "law", {**factors, last: (A_RD, torch.cat([B_OR, B_OR[:1]]))}, scale)
+        mixture.load_expert(2, "law", {**factors, last: taller})
     assert mixture.experts == ["0", "1", "2"]
     assert all(torch.equal(tensor, before[name]) for name, tensor in mixture.state_dict().items())
-    mixture.load_expert(2, "law", factors, scale)
+    mixture.load_expert(2, "law", factors)
     assert mixture.experts == ["0", "1", "law"]
     changed = {name for name, tensor in mixture.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {f"{name}.experts.lora_A" for name in mixture.layers} <= changed
@@ -149,8 +153,15 @@ def test_a_reverted_mixture_does_nothing_silently(tmp_path: Path) -> None:
         mixture.aux_loss,
         mixture.state_dict,
         lambda: mixture.save(tmp_path / "out"),
-        lambda: mixture.load_expert(0, "law", {}, 1.0),
+        lambda: mixture.load_expert(0, "law", {}),
         lambda: mixture.using(adapters="0").__enter__(),
+        lambda: mixture.disabled().__enter__(),
+        lambda: mixture.record().__enter__(),
+        lambda: mixture.factors(0),
+        lambda: mixture.grow(1),
+        lambda: mixture.set_tasks([0]),
+        mixture.step,
+        mixture.stats,
     ]
     for call in calls:
         with pytest.raises(StateError, match=r"reverted already; .* call molex\.convert or molex\.load"):
@@ -170,10 +181,40 @@ def test_an_expert_by_number_or_by_a_name_twice() -> None:
     mixture = mixture_of()
     with pytest.raises(ConfigError, match="no expert 1; this mixture has: 0, 1, 2"), mixture.using(adapters=1):  # type: ignore[arg-type]
         pass
-    mixture.load_expert(0, "law", mixture.factors(1), 1.0)
-    mixture.load_expert(0, "law", mixture.factors(2), 1.0)
+    mixture.load_expert(0, "law", mixture.factors(1))
+    mixture.load_expert(0, "law", mixture.factors(2))
     with pytest.raises(ConfigError, match="expert 0 is called 'law' already"):
-        mixture.load_expert(1, "law", mixture.factors(1), 1.0)
+        mixture.load_expert(1, "law", mixture.factors(1))
+
+
+def test_using_changes_nothing_where_it_is_refused() -> None:
+    mixture = mixture_of(method="mtlora")
+    with pytest.raises(ConfigError, match="no expert 'nope'"), mixture.using(tasks=[0], adapters="nope"):
+        pass
+    assert mixture.state.tasks is None
+    with pytest.raises(RuntimeError, match="inside"), mixture.using(tasks=[0], adapters="1"):
+        raise RuntimeError("inside")
+    assert mixture.state.tasks is mixture.state.request is None
+
+
+def test_factors_carry_each_layers_scale() -> None:
+    """From a mixture whose experts have one scale into one that starts with another."""
+    source, target = mixture_of(alpha=20.0), mixture_of(alpha=2.0)
+    target.load_expert(2, "law", source.factors(1))
+    for name, layer in target.layers.items():
+        assert torch.equal(layer.experts.materialize(2), source.layers[name].experts.materialize(1))
+    with pytest.raises(ConfigError, match="the scale nan"):
+        target.load_expert(
+            2, "law", {name: lora._replace(scale=float("nan")) for name, lora in source.factors(1).items()}
+        )
+
+
+def test_growth_does_not_take_a_name_twice() -> None:
+    mixture = mixture_of(method="moram", num_experts=3, rank=1)
+    mixture.load_expert(0, "3", mixture.factors(0))
+    with pytest.raises(ConfigError, match="an expert is called '3'"):
+        mixture.grow(1)
+    assert mixture.experts == ["3", "1", "2"]
 
 
 def test_factors_and_growth_that_cannot_be() -> None:

@@ -53,8 +53,8 @@ def in_double(mixture: Mixture) -> Mixture:
     return mixture
 
 
-def factors_of(layers: Mapping[str, Any], adapter: str) -> dict[str, tuple[Tensor, Tensor]]:
-    return {n: (m.lora_A[adapter].weight, m.lora_B[adapter].weight) for n, m in layers.items()}
+def factors_of(layers: Mapping[str, Any], adapter: str) -> dict[str, molex.LoRA]:
+    return {n: molex.LoRA(m.lora_A[adapter].weight, m.lora_B[adapter].weight, 5 / 3) for n, m in layers.items()}
 
 
 def assert_same_training(
@@ -147,7 +147,7 @@ def saved_adapters(folder: Path, count: int) -> list[str]:
 
 def load_experts(mixture: Mixture, layers: Mapping[str, Any], adapters: list[str]) -> None:
     for index, adapter in enumerate(adapters):
-        mixture.load_expert(index, adapter, factors_of(layers, adapter), scale=5 / 3)
+        mixture.load_expert(index, adapter, factors_of(layers, adapter))
 
 
 @pytest.mark.parametrize(
@@ -212,6 +212,6 @@ def test_arrow(tmp_path: Path, top_k: int, monkeypatch: pytest.MonkeyPatch) -> N
         prototypes_ED = layer.lora_arrow["arrow_router"].prototypes
         ours: Any = mixture.layers[name].router
         torch.testing.assert_close((ours.prototypes * prototypes_ED).sum(1).abs(), torch.ones(4).double(), **NEAR)
-        A_RD, B_OR = factors_of(layers, "task_0")[name]
+        A_RD, B_OR, _ = factors_of(layers, "task_0")[name]
         roughly_D = short_run(layer.lora_arrow["arrow_router"], A_RD, B_OR).double()
         assert 0.7 < float((roughly_D @ ours.prototypes[0]).abs()) <= 1 + 1e-6

@@ -14,6 +14,7 @@ import molex
 from molex.config import MixtureConfig
 from molex.errors import ConfigError, MolexError, StateError, TargetError
 from molex.experts import expert_kinds
+from molex.experts.dora import DoRABank
 from molex.experts.lora import LoRABank
 from molex.experts.shards import ShardBank
 from molex.losses import losses
@@ -525,14 +526,14 @@ def test_loaded_adapters_are_used_and_missing_layers_add_nothing() -> None:
     name = "model.layers.1.mlp.up_proj"
     A_RD, B_OR = torch.randn(2, 32), torch.randn(48, 2)
     x = torch.randn(1, 3, 32)
-    mixture.load_expert(1, "law", {name: (A_RD, B_OR)}, scale=0.3)
+    mixture.load_expert(1, "law", {name: molex.LoRA(A_RD, B_OR, 0.3)})
     with mixture.using(adapters="law"):
         layer = mixture.layers[name]
         torch.testing.assert_close(layer(x), layer.base(x) + 0.3 * x @ A_RD.T @ B_OR.T)
         other = mixture.layers["model.layers.0.mlp.up_proj"]
         assert torch.equal(other(x), other.base(x))
     with pytest.raises(TargetError, match="not converted"):
-        mixture.load_expert(1, "law", {"lm_head": (A_RD, B_OR)}, scale=1.0)
+        mixture.load_expert(1, "law", {"lm_head": molex.LoRA(A_RD, B_OR, 1.0)})
     with pytest.raises(ConfigError, match="no expert"), mixture.using(adapters="code"):
         pass
 
@@ -585,11 +586,98 @@ def test_morams_update_has_the_papers_scale() -> None:
     torch.testing.assert_close(added_O, 9.0 / 12 * update_O, rtol=1e-6, atol=1e-6)
 
 
+def test_arrow_routes_nobody_to_what_is_not_loaded() -> None:
+    """One adapter of four, top 2: it alone serves, at weight 1; a layer it lacks is the base."""
+    mixture = molex.convert(tiny("llama"), config_of("arrow", top_k=2))
+    there, lacking = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+    mixture.load_expert(2, "law", {there: molex.LoRA(torch.randn(3, 32), torch.randn(32, 3), 1.0)})
+    mixture.model(**_inputs())
+    routing = mixture.state.trace[there].routing
+    routing.check()
+    assert routing.gates().tolist() == [[0.0, 0.0, 1.0, 0.0]] * len(routing.weights)
+    assert float(mixture.state.trace[lacking].routing.gates().abs().sum()) == 0
+
+
+@pytest.mark.parametrize("name", ["mola", "mixlora", "mos", "hydralora", "poly"])
+def test_frozen_experts_are_frozen_everywhere(name: str) -> None:
+    mixture = molex.convert(tiny("llama"), config_of(name, train_experts=False))
+    trainable = [key for key, p in mixture.model.named_parameters() if p.requires_grad]
+    assert all(".router." in key for key in trainable)
+    assert bool(trainable) == (name != "mos")
+
+
+def test_mixdoras_attention_has_dora_too() -> None:
+    mixture = molex.convert(tiny("llama"), config_of("mixlora", experts="dora"))
+    assert {type(layer.experts) for layer in mixture.layers.values()} == {DoRABank}
+
+
+def test_a_temperature_is_in_the_logits_that_losses_read() -> None:
+    mixture = molex.convert(tiny("llama"), config_of("mola", temperature=5.0))
+    mixture.model(**_inputs())
+    for decision in mixture.state.trace.values():
+        probs_TE, routing = decision.scored().softmax(-1), decision.routing
+        chosen_TK = probs_TE.gather(1, routing.expert_ids)
+        torch.testing.assert_close(routing.weights, chosen_TK / chosen_TK.sum(-1, keepdim=True))
+
+
+def test_dynmole_has_one_entropy_index() -> None:
+    config = preset("dynmole", entropy_index=1.5)
+    assert config.router.entropy_index == config.losses[0].entropy_index == 1.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("lora", "alpha", 0.0), ("mola", "balance_coefficient", -1.0), ("loramoe", "delta", 2.0),
+        ("meteora", "task_coefficient", -5.0), ("moram", "threshold", 5.0), ("dynmole", "entropy_coefficient", -1.0),
+    ],
+)  # fmt: skip
+def test_settings_out_of_range(name: str, setting: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{setting}={value}"):
+        preset(name, **{setting: value})
+
+
+@pytest.mark.parametrize(("name", "setting"), [("smora", "bias_rate"), ("flylora", "bias_rate"), ("mola", "gate_init")])
+def test_settings_out_of_a_layers_range(name: str, setting: str) -> None:
+    with pytest.raises(ConfigError, match=rf"layers\.0.*{setting}=-1.0"):
+        molex.convert(tiny("llama"), config_of(name, **{setting: -1.0}))
+
+
+# targets, plain targets, experts, rank, alpha, scaling, dropout, top_k, coefficients: the papers', or their code's
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "lora": ("all", "", 1, 8, 16, "alpha/rank", 0.05, None, ()),
+    "mixlora": ("ffn", "attention", 8, 16, 32, "alpha/rank", 0.05, 2, (1e-3,)),
+    "mola": ("all", "", 5, 8, 16, "alpha/rank", 0.05, 2, (1e-3,)),
+    "loramoe": ("ffn", "", 6, 4, 32, "alpha/rank", 0.05, None, (0.1,)),
+    "dynmole": ("ffn", "", 6, 24, 48, "alpha/rank", 0.05, None, (1e-2, 1e-3)),
+    "smora": ("all", "", 64, 1, 16, "alpha", 0.0, 8, ()),
+    "flylora": ("all", "", 32, 1, 64, "alpha/num_experts", 0.0, 8, ()),
+    "moram": ("attention", "", 8, 1, 16, "alpha/num_experts", 0.1, 8, ()),
+    "meteora": ("all", "", 8, 8, 16, "alpha/rank", 0.0, 2, (50.0,)),
+    "xlora": ("all", "", 8, 8, 16, "alpha/rank", 0.0, None, ()),
+    "lora-mixer": ("attention", "", 8, 8, 16, "alpha/rank", 0.0, 3, (0.01,)),
+    "arrow": ("all", "", 8, 8, 16, "alpha/rank", 0.0, 3, ()),
+    "hydralora": ("ffn", "", 4, 4, 32, "alpha/rank", 0.05, None, ()),
+    "poly": ("all", "", 4, 8, 1, "alpha/rank", 0.0, None, ()),
+    "mhr": ("all", "", 4, 8, 1, "alpha/rank", 0.0, None, ()),
+    "mos": ("all", "", 1, 8, 16, "alpha/rank", 0.1, None, ()),
+    "mtlora": ("all", "", 5, 8, 16, "alpha/rank", 0.0, None, ()),
+}
+
+
+@pytest.mark.parametrize("name", presets)
+def test_defaults_are_the_papers(name: str) -> None:
+    c = preset(name)
+    coefficients = tuple(v for loss in c.losses for key, v in vars(loss).items() if key.endswith("_coefficient"))
+    found = (c.num_experts, c.rank, c.alpha, c.scaling, c.dropout, getattr(c.router, "top_k", None), coefficients)
+    assert (" ".join(c.targets), " ".join(c.plain_targets), *found) == DEFAULTS[name]
+
+
 def test_arrow_loads_its_prototypes_with_its_experts() -> None:
     mixture = molex.convert(tiny("llama"), config_of("arrow"))
     name = "model.layers.0.self_attn.q_proj"
     A_RD, B_OR = torch.randn(3, 32), torch.randn(32, 3)
-    mixture.load_expert(2, "law", {name: (A_RD, B_OR)}, scale=1.0)
+    mixture.load_expert(2, "law", {name: molex.LoRA(A_RD, B_OR, 1.0)})
     router: Any = mixture.layers[name].router
     top_D = torch.linalg.svd(B_OR @ A_RD).Vh[0]
     assert float((router.prototypes[2] @ top_D).abs()) == pytest.approx(1, abs=1e-5)

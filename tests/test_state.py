@@ -160,6 +160,28 @@ def test_checkpointing_two_forwards_before_one_backward(name: str, method: str) 
         torch.testing.assert_close(gradient, plain[parameter], msg=parameter)
 
 
+@pytest.mark.parametrize("method", ["mola", "mtlora", "mixlora"])
+def test_checkpointing_recomputes_the_expert_that_was_asked_for(method: str) -> None:
+    """Backward comes after `using` has ended."""
+    mixture = mixture_of(method=method)
+    model = mixture.model.train()
+    batch = batch_for(model)
+
+    def asked() -> dict[str, Tensor]:
+        model.zero_grad()
+        with mixture.using(adapters=["1", None]):
+            loss = model(**batch).loss
+        loss.backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    plain = asked()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = asked()
+    assert plain.keys() == again.keys()
+    for parameter, gradient in plain.items():
+        torch.testing.assert_close(again[parameter], gradient, msg=parameter)
+
+
 @pytest.mark.parametrize("method", ["mola", "mixlora"])
 def test_reentrant_checkpointing_is_refused(method: str) -> None:
     mixture = mixture_of(method=method)

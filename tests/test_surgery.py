@@ -43,6 +43,21 @@ REFUSED: dict[str, tuple[str, str, dict, type[MolexError], str]] = {
     "xlora on an encoder-decoder": ("t5", "xlora", {}, TargetError, "encoder-decoders are not supported"),
     "xlora by layer": ("llama", "xlora", {"allocation": (2, 3)}, ConfigError, "same number of experts"),
     "MoS by layer": ("llama", "mos", {"allocation": (1, 2)}, ConfigError, "one update per layer"),
+    "a router on A x over experts that give none": (
+        "llama", "flylora", {"experts": "dora"}, ConfigError, r"layers\.0\S*: this router decides on A x"
+    ),
+    "a router on A x over blocks of ranks": (
+        "llama", "mola", {"router": "implicit", "top_k": 2}, ConfigError, r"layers\.0\S*: .*single ranks"
+    ),
+    "heads of the router alone": (
+        "llama", "mola", {"router": {"kind": "polytropon", "num_heads": 2}}, ConfigError, "the experts have 1"
+    ),
+    "heads of the experts alone": (
+        "llama", "poly", {"experts": {"kind": "averaged", "num_heads": 2}}, ConfigError, "1 heads and the experts"
+    ),
+    "a list of ranks for a plain LoRA": (
+        "llama", "mixlora", {"num_experts": 2, "rank": (2, 4)}, ConfigError, r"q_proj: rank is a list.*plain_targets"
+    ),
     "an FFN of shards": ("llama", "mixlora", {"experts": "shards"}, ConfigError, "needs experts 'lora' or 'dora'"),
 }  # fmt: skip
 
@@ -57,6 +72,21 @@ def test_a_refused_model_is_untouched(case: str) -> None:
         molex.convert(model, molex.preset(method, **overrides))
     assert fingerprint(model) == before
     assert list(model.state_dict()) == keys
+
+
+def test_a_linear_in_two_places_is_refused() -> None:
+    """It would get experts in one of them; a block that runs twice would forget its first routing."""
+    model = tiny("llama")
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(TargetError, match=r"layers\.0\.\S+ and model\.layers\.1\.\S+ are one module"):
+        molex.convert(model, molex.preset("lora"))
+
+
+def test_a_model_with_a_part_called_molex_is_refused() -> None:
+    model = tiny("llama")
+    model.add_module("molex", nn.Identity())
+    with pytest.raises(TargetError, match="has a 'molex' of its own"):
+        molex.convert(model, molex.preset("lora"))
 
 
 def test_what_is_no_model_or_no_configuration() -> None:

@@ -127,19 +127,30 @@ def test_odd_batches() -> None:
 
 def test_task_ids_of_sequences_tokens_and_beams() -> None:
     context = RouteContext(shape=(4, 3))
-    assert spread_ids(torch.tensor([0, 1, 2, 3]), context).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert spread_ids(torch.tensor([7, 8]), context).tolist() == [7] * 6 + [8] * 6
+    assert spread_ids(torch.tensor([0, 1, 2, 3]), context, "task ids").tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert spread_ids(torch.tensor([7, 8]), context, "task ids").tolist() == [7] * 6 + [8] * 6
     per_token = torch.arange(12).view(4, 3)
-    assert spread_ids(per_token, context).tolist() == list(range(12))
-    assert spread_ids(per_token, RouteContext(shape=(4, 1))).tolist() == [2, 5, 8, 11]
-    padded = RouteContext(shape=(1, 3), token_mask=torch.tensor([True, True, False]))
-    assert spread_ids(torch.tensor([[1, 2, -100]]), padded).tolist() == [1, 2, 0]
+    assert spread_ids(per_token, context, "task ids").tolist() == list(range(12))
+    assert spread_ids(per_token, RouteContext(shape=(4, 1)), "task ids").tolist() == [2, 5, 8, 11]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_task_ids_come_to_the_layers_device_and_are_none_on_padding(device: str) -> None:
+    """set_tasks([...]) makes them on the CPU, wherever the model and its mask are."""
+    state = mixture_of(method="mtlora").state
+    state.tasks = torch.tensor([[1, 2, -100]])
+    state.stacks["model"] = RouteContext((1, 3), token_mask=torch.tensor([True, True, False], device=device))
+    context = state.context("a.layer", "model", torch.zeros(1, 3, 4, device=device), training=False)
+    assert context.task_ids is not None
+    assert context.task_ids.device.type == device
+    if device == "cpu":
+        assert context.task_ids.tolist() == [1, 2, 0]
 
 
 @pytest.mark.parametrize("tasks", [torch.zeros(3), torch.zeros(2, 5), torch.zeros(8), torch.zeros(0)])
 def test_task_ids_that_do_not_fit(tasks: Tensor) -> None:
     with pytest.raises(StateError, match="task ids for"):
-        spread_ids(tasks, RouteContext(shape=(4, 3)))
+        spread_ids(tasks, RouteContext(shape=(4, 3)), "task ids")
 
 
 def test_task_ids_of_no_shape() -> None:

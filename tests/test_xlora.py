@@ -328,7 +328,7 @@ def test_the_model_equals_peft_with_the_same_weights(head: dict[str, Any], tmp_p
     model = tiny("llama")
     mixture = molex.convert(model, molex.preset("xlora", num_experts=3, rank=4, alpha=8, targets="all", **head))
     for expert_id, path in enumerate(paths):
-        mixture.load_expert(expert_id, path.name, factors_of(path), scale=2.0)
+        mixture.load_expert(expert_id, path.name, factors_of(path))
     linears = [m for m in theirs.base_model.internal_xlora_classifier.layers if isinstance(m, nn.Linear)]
     ours = [m for m in model.molex["router"].head if isinstance(m, nn.Linear)]
     for own, other in zip(ours, linears, strict=True):
@@ -369,8 +369,8 @@ def save_adapter(path: Path, seed: int) -> Path:
     return path
 
 
-def factors_of(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def factors_of(path: Path) -> dict[str, molex.LoRA]:
     weights = peft.load_peft_weights(str(path), device="cpu")
     names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in weights}
     stem = "base_model.model.{}.lora_{}.weight"
-    return {name: (weights[stem.format(name, "A")], weights[stem.format(name, "B")]) for name in names}
+    return {name: molex.LoRA(weights[stem.format(name, "A")], weights[stem.format(name, "B")], 2.0) for name in names}

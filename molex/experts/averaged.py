@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from molex.errors import ConfigError
-from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, Route, expert_kinds
+from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, LoRA, Route, expert_kinds
 from molex.kernels import Form, Planner
 
 
@@ -50,8 +50,6 @@ class AveragedBank(ExpertBank):
         nn.init.uniform_(self.lora_A, -bound, bound)
 
     def forward(self, x: Tensor, base: nn.Module, route: Route, planner: Planner, form: Form = "linear") -> Tensor:
-        if form != "linear":
-            raise ConfigError("averaged experts run on linears; scope='ffn' needs experts 'lora' or 'dora'")
         routing = route(None)
         y = base(x)
         x_THD = self.dropout(x).reshape(-1, self.num_heads, x.shape[-1] // self.num_heads)
@@ -65,20 +63,17 @@ class AveragedBank(ExpertBank):
         delta_THO = torch.einsum("ther,heor->tho", weighted_THER, self.lora_B.to(x.dtype))
         return y + delta_THO.reshape(y.shape).to(y.dtype)
 
-    def materialize(self, expert_id: int) -> Tensor:
-        dtype = torch.promote_types(self.lora_B.dtype, torch.float32)
-        A_RD = self.lora_A[:, expert_id].movedim(0, 1).flatten(1).to(dtype)
-        B_OR = self.lora_B[:, expert_id].flatten(0, 1).to(dtype)
-        return self.scale[0].to(B_OR.dtype) * (B_OR @ A_RD)
+    def expert(self, expert_id: int) -> LoRA:
+        self.check_id(expert_id)
+        A_RD = self.lora_A[:, expert_id].movedim(0, 1).flatten(1)
+        return LoRA(A_RD, self.lora_B[:, expert_id].flatten(0, 1), float(self.scale[0]))
 
-    def check_expert(self, expert_id: int, A: Tensor, B: Tensor, scale: float) -> None:
-        super().check_expert(expert_id, A, B, scale)
-        if not math.isclose(scale, float(self.scale[0]), rel_tol=1e-6):
-            raise ConfigError(f"averaged experts share the scale {float(self.scale[0])}, got {scale}: fold it into B")
+    def check_expert(self, expert_id: int, lora: LoRA) -> None:
+        super().check_expert(expert_id, lora)
+        own = float(self.scale[0])
+        if not math.isclose(lora.scale, own, rel_tol=1e-6):
+            raise ConfigError(f"averaged experts share the scale {own}, got {lora.scale}: fold it into B")
 
-    @torch.no_grad()
-    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
-        self.check_expert(expert_id, A, B, scale)
+    def store(self, expert_id: int, A: Tensor, B: Tensor) -> None:
         self.lora_A[:, expert_id].copy_(A.unflatten(1, (self.num_heads, -1)).movedim(1, 0))
         self.lora_B[:, expert_id].copy_(B.unflatten(0, (self.num_heads, -1)))
-        self.names[expert_id] = name

@@ -6,9 +6,11 @@ routers decide on the bank's own activations A x, and because ZeRO-3 gathers a m
 while that module's forward runs.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +39,24 @@ class LayerShape:
     dtype: torch.dtype
 
 
+class LoRA(NamedTuple):
+    """One low-rank update of one linear: scale · B A."""
+
+    A: Tensor  # (R, D)
+    B: Tensor  # (O, R)
+    scale: float
+
+
 class ExpertBank(Exact, ABC):
-    """Subclasses say what their parameters are and how they compute; `scale` (E,) is each expert's own."""
+    """Subclasses say what their parameters are and how they compute; `scale` (E,) is each expert's own.
+
+    gives_activations: route is called with A x, for routers that decide on it. num_heads: how many gates of a
+    routing each expert takes (MHR's heads).
+    """
 
     exact = ("scale",)
+    gives_activations: ClassVar[bool] = False
+    num_heads = 1
     scale: Tensor
 
     def __init__(self, shape: LayerShape):
@@ -60,23 +76,44 @@ class ExpertBank(Exact, ABC):
         """The layer's output: x (..., D) -> (..., O); one more leading axis of streams where form says so."""
 
     @abstractmethod
-    def materialize(self, expert_id: int) -> Tensor:
-        """What one expert adds to the base weight at weight 1: (O, D), float32 or wider."""
+    def expert(self, expert_id: int) -> LoRA:
+        """One expert, by its own tensors. Raises ConfigError on a wrong id, and where it is more than a LoRA."""
 
     @abstractmethod
-    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
-        """Copies a pretrained A (R, D), B (O, R) into place. Raises ConfigError where `check_expert` does."""
+    def store(self, expert_id: int, A: Tensor, B: Tensor) -> None:
+        """Copies the factors of a LoRA that `check_expert` accepted into place."""
 
-    def check_expert(self, expert_id: int, A: Tensor, B: Tensor, scale: float) -> None:
-        """Raises ConfigError where `load_expert` cannot take this LoRA: a wrong id or shape."""
-        if not 0 <= expert_id < self.num_experts:
-            raise ConfigError(f"expert {expert_id} of a bank of {self.num_experts}; ids start at 0")
+    def materialize(self, expert_id: int) -> Tensor:
+        """What one expert adds to the base weight at weight 1: (O, D), float32 or wider."""
+        A_RD, B_OR, scale = self.expert(expert_id)
+        dtype = torch.promote_types(B_OR.dtype, torch.float32)
+        return scale * (B_OR.to(dtype) @ A_RD.to(dtype))
+
+    @torch.no_grad()
+    def load_expert(self, expert_id: int, name: str, lora: LoRA) -> None:
+        """Puts a pretrained LoRA in an expert's place. Raises ConfigError where `check_expert` does."""
+        self.check_expert(expert_id, lora)
+        self.store(expert_id, lora.A, lora.B)
+        self.scale[expert_id] = lora.scale
+        self.names[expert_id] = name
+
+    def check_expert(self, expert_id: int, lora: LoRA) -> None:
+        """Raises ConfigError where `load_expert` cannot take this LoRA: a wrong id, shape or scale."""
+        self.check_id(expert_id)
         rank = self.ranks[expert_id]
         wanted = (rank, self.in_features), (self.out_features, rank)
-        if (tuple(A.shape), tuple(B.shape)) != wanted:
+        given = tuple(lora.A.shape), tuple(lora.B.shape)
+        if given != wanted:
             raise ConfigError(
-                f"expert {expert_id} takes A {wanted[0]} and B {wanted[1]}, got {tuple(A.shape)} and {tuple(B.shape)}"
+                f"expert {expert_id} takes A {wanted[0]} and B {wanted[1]}, got {given[0]} and {given[1]}"
             )
+        if not math.isfinite(lora.scale):
+            raise ConfigError(f"expert {expert_id} is given the scale {lora.scale}, which is no finite number")
+
+    def check_id(self, expert_id: int) -> None:
+        """Raises ConfigError unless there is an expert of this number."""
+        if not 0 <= expert_id < self.num_experts:
+            raise ConfigError(f"expert {expert_id} of a bank of {self.num_experts}; ids start at 0")
 
 
 @dataclass(frozen=True, kw_only=True)

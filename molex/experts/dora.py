@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from molex.distributed import gathered
 from molex.errors import ConfigError, StateError, TargetError
-from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, Route, expert_kinds
+from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, LoRA, Route, expert_kinds
 from molex.experts.lora import LoRABank, everyone
 from molex.kernels import Columns, Form, Planner
 from molex.kernels.base import mix_streams
-from molex.sharding import gathered
 
 
 @expert_kinds.register("dora")
@@ -31,6 +31,8 @@ class DoRAConfig(ExpertsConfig):
 
 class DoRABank(LoRABank):
     """lora_A (C, D), lora_B (O, C), magnitude (E, O)."""
+
+    gives_activations = False
 
     def __init__(self, shape: LayerShape):
         super().__init__(shape)
@@ -94,11 +96,11 @@ class DoRABank(LoRABank):
         columns = self.columns()
         return columns._replace(B=columns.B * factor_EO[columns.expert_of_column].T), factor_EO
 
-    def check_expert(self, expert_id: int, A: Tensor, B: Tensor, scale: float) -> None:
+    def check_expert(self, expert_id: int, lora: LoRA) -> None:
         raise ConfigError("a DoRA expert is more than A and B: its magnitude; load a LoRA into experts='lora'")
 
-    def materialize(self, expert_id: int) -> Tensor:
-        raise TargetError("a DoRA expert rescales the base's rows: it is not a term added to the base weight")
+    def expert(self, expert_id: int) -> LoRA:
+        raise ConfigError("a DoRA expert rescales the base's rows: it is more than one A and one B added to the base")
 
 
 def flat(x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from molex.errors import check_choice
-from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, Route, expert_kinds
+from molex.checks import check_choice
+from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, LoRA, Route, expert_kinds
 from molex.kernels import Columns, Form, Planner, columns_of
 from molex.routing import Routing
 
@@ -40,6 +40,7 @@ class LoRABank(ExpertBank):
 
     expert_of_column: Tensor
     row_of_column: Tensor | None
+    gives_activations = True
     activation_routed = False  # surgery sets it where the layer's router decides on A x
 
     def __init__(self, shape: LayerShape, init: str = "kaiming"):
@@ -57,12 +58,15 @@ class LoRABank(ExpertBank):
     def _rows(self) -> int:
         return sum(self.ranks)
 
+    @torch.no_grad()
     def reset_A(self) -> None:
         """Draws the trainable A anew."""
         if self.init == "kaiming":
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         else:
-            nn.init.normal_(self.lora_A, std=1 / max(self.ranks))
+            ranks = [rank for rank in self.ranks for _ in range(rank)]
+            ranks_C = torch.tensor(ranks[-len(self.lora_A) :], device=self.lora_A.device)  # frozen experts come first
+            self.lora_A.normal_().div_(ranks_C[:, None])
 
     def columns(self) -> Columns:
         """The experts as a kernel sees them."""
@@ -86,18 +90,14 @@ class LoRABank(ExpertBank):
             return backend.widen(x, base, columns, everyone(routing).scaled(self.scale), dropped=dropped)
         return backend.narrow(x, base, columns, routing.scaled(self.scale), routing.weights, dropped=dropped)
 
-    def materialize(self, expert_id: int) -> Tensor:
-        A_RD, B_OR = self.columns().to(torch.promote_types(self.lora_B.dtype, torch.float32)).expert(expert_id)
-        return self.scale[expert_id].to(B_OR.dtype) * (B_OR @ A_RD)
+    def expert(self, expert_id: int) -> LoRA:
+        self.check_id(expert_id)
+        return LoRA(*self.columns().expert(expert_id), float(self.scale[expert_id]))
 
-    @torch.no_grad()
-    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
-        self.check_expert(expert_id, A, B, scale)
+    def store(self, expert_id: int, A: Tensor, B: Tensor) -> None:
         A_RD, B_OR = self._stored(expert_id)
         A_RD.copy_(A)
         B_OR.copy_(B)
-        self.scale[expert_id] = scale
-        self.names[expert_id] = name
 
     def _stored(self, expert_id: int) -> tuple[Tensor, Tensor]:
         """Views of one expert's A (R, D) and B (O, R) inside the stack that holds it."""

@@ -9,13 +9,14 @@ Pools are parameters of one module on the model; layers hold their indices only.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from molex.errors import ConfigError
-from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, Route, expert_kinds
+from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, LoRA, Route, expert_kinds
 from molex.kernels import Columns, Form, Planner, columns_of
 
 
@@ -109,19 +110,33 @@ class ShardBank(ExpertBank):
         return Columns(A_RD, B_OR, self.ranks, self.expert_of_column)
 
     def forward(self, x: Tensor, base: nn.Module, route: Route, planner: Planner, form: Form = "linear") -> Tensor:
-        if form != "linear":
-            raise ConfigError("shards run on linears; scope='ffn' needs experts 'lora' or 'dora'")
         columns = self.columns().to(x.dtype)
         dropped = self.dropout(x) if self.training and self.dropout.p > 0 else None
         routing = route(None).scaled(self.scale)
         return planner.pick(x, columns, routing).linear(x, base, columns, routing, dropped=dropped)
 
-    def materialize(self, expert_id: int) -> Tensor:
-        A_RD, B_OR = self.columns().to(torch.promote_types(self.pool.pool_B.dtype, torch.float32)).expert(expert_id)
-        return self.scale[expert_id].to(B_OR.dtype) * (B_OR @ A_RD)
+    def expert(self, expert_id: int) -> LoRA:
+        self.check_id(expert_id)
+        return LoRA(*self.columns().expert(expert_id), float(self.scale[expert_id]))
 
-    def load_expert(self, expert_id: int, name: str, A: Tensor, B: Tensor, scale: float) -> None:
-        self.check_expert(expert_id, A, B, scale)
+    def check_expert(self, expert_id: int, lora: LoRA) -> None:
+        self.store(expert_id, lora.A, lora.B)
 
-    def check_expert(self, expert_id: int, A: Tensor, B: Tensor, scale: float) -> None:
+    def store(self, expert_id: int, A: Tensor, B: Tensor) -> None:
         raise ConfigError("a MoS layer is made of shared shards; a pretrained LoRA cannot be loaded into it")
+
+
+def share_pools(
+    config: ShardsConfig, shapes: Mapping[str, LayerShape], banks: Mapping[str, ShardBank]
+) -> nn.ModuleDict:
+    """One pool for each module type: the layers whose names end alike and whose shapes agree. Both by layer name."""
+    types: dict[str, list[str]] = {}
+    for name, shape in shapes.items():
+        types.setdefault(f"{name.split('.')[-1]}_{shape.in_features}_{shape.out_features}", []).append(name)
+    pools = nn.ModuleDict()
+    for kind, members in types.items():
+        pool = ShardPool(config, len(members), shapes[members[0]])
+        for position, name in enumerate(members):
+            banks[name].join_pool(pool, position)
+        pools[kind] = pool
+    return pools

@@ -7,10 +7,9 @@ code computes it once per expert with dropout masks of their own; equal in expec
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from molex.errors import ConfigError
-from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, expert_kinds
+from molex.experts.base import ExpertBank, ExpertsConfig, LayerShape, LoRA, expert_kinds
 from molex.experts.lora import LoRABank
 
 
@@ -32,7 +31,7 @@ class SharedABank(LoRABank):
         super().__init__(shape)
         self.row_of_column = torch.arange(sum(self.ranks), device=shape.device) % self.ranks[0]
 
-    def check_expert(self, expert_id: int, A: Tensor, B: Tensor, scale: float) -> None:
+    def check_expert(self, expert_id: int, lora: LoRA) -> None:
         raise ConfigError("these experts share one A, a pretrained LoRA has its own: load it into experts='lora'")
 
     def _rows(self) -> int:

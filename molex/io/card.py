@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from molex.io.files import listed
+from molex.checks import listed
 from molex.io.record import CARD_FILE, MixtureRecord
 
 _MARK = "<!-- Written by molex, anew at each save: delete this line to keep your own text. -->"

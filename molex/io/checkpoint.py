@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from molex.checks import listed
+from molex.distributed import put
 from molex.errors import CheckpointError
-from molex.io.files import Header, listed, read_headers, read_json, read_tensors
+from molex.io.files import Header, read_headers, read_json, read_tensors
 from molex.io.record import CONFIG_FILE, TENSOR_FILE, LayerRecord, MixtureRecord, check_version, digest, frozen_experts
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 from molex.routers.staged import StagedRouter
-from molex.sharding import put
 
 
 def load_into(mixture: Mixture, path: str | Path) -> None:

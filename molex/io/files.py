@@ -108,9 +108,3 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged, cut short or no safetensors file: {error}") from error
-
-
-def listed(names: list[str], limit: int = 3) -> str:
-    """A few names for an error message, and how many more there are."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -14,13 +14,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_files
 
-from molex.bases import features
+from molex.checks import listed
 from molex.errors import CheckpointError, ConfigError, TargetError
 from molex.experts.lora import LoRABank
 from molex.io.checkpoint import check_layer, fill, read_record, refuse_foreign, set_names_and_stages
-from molex.io.files import listed
 from molex.io.record import CONFIG_FILE, TENSOR_FILE, MixtureRecord, base_record
 from molex.layer import MixtureLinear
+from molex.linears import features
 from molex.mixture import Mixture
 from molex.surgery import convert
 

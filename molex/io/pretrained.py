@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import huggingface_hub
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from molex.errors import ConfigError
@@ -56,15 +57,16 @@ class SavePretrained:
         state_dict = options.pop("state_dict")
         tensors = gather(mixture, state_dict)
         original = None if state_dict is None else original_names(mixture, state_dict)
+        if not options["is_main_process"]:
+            with TemporaryDirectory() as nowhere, unconverted(mixture):  # what it gathers, every rank must give
+                type(model).save_pretrained(model, nowhere, state_dict=original, **options)
+            return []
         with staged(directory) as scratch:
             with unconverted(mixture):
                 type(model).save_pretrained(model, scratch, state_dict=original, **options)
-            written = any(scratch.iterdir())
-            if written:
-                write_mixture(mixture, tensors, scratch, directory, included=True)
+            write_mixture(mixture, tensors, scratch, directory, included=True)
             names = [path.name for path in scratch.iterdir()]
-        if written:
-            _drop_stale_weights(directory, names)
+        _drop_stale_weights(directory, names)
         return names
 
 
@@ -74,12 +76,12 @@ def unconverted(mixture: Mixture) -> Iterator[None]:
     model = mixture.model
     shared = model._modules.pop("molex", None)
     for name, layer in mixture.layers.items():
-        _place(model, name, layer.base)
+        model.set_submodule(name, layer.base)
     try:
         yield
     finally:
         for name, layer in mixture.layers.items():
-            _place(model, name, layer)
+            model.set_submodule(name, layer)
         if shared is not None:
             model.add_module("molex", shared)
 
@@ -89,7 +91,7 @@ def original_names(mixture: Mixture, state_dict: Mapping[str, Tensor]) -> dict[s
     renamed = {}
     for name, tensor in state_dict.items():
         if not mixture.owns(name):
-            layer, _, rest = name.partition(".base.")
+            layer, _, rest = name.rpartition(".base.")
             renamed[f"{layer}.{rest}" if layer in mixture.layers else name] = tensor
     return renamed
 
@@ -104,11 +106,6 @@ def push_folder(directory: Path, names: list[str], token: str | bool | None, opt
     huggingface_hub.upload_folder(
         repo_id=repo_id, folder_path=directory, allow_patterns=names, token=options["token"], **commit
     )
-
-
-def _place(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _drop_stale_weights(directory: Path, names: list[str]) -> None:

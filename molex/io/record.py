@@ -21,11 +21,11 @@ from torch import nn
 
 import molex
 from molex.config import MixtureConfig
+from molex.distributed import num_elements
 from molex.errors import CheckpointError, MolexError
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 from molex.routers.staged import StagedRouter
-from molex.sharding import num_elements
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "molex_config.json"

@@ -9,9 +9,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from molex.checks import listed
 from molex.errors import StateError
 from molex.io.card import write_card
-from molex.io.files import listed, staged, write_json
+from molex.io.files import staged, write_json
 from molex.io.record import CONFIG_FILE, TENSOR_FILE, digest, record_of
 from molex.mixture import Mixture
 
@@ -22,7 +23,8 @@ def save(
     state_dict: Mapping[str, Tensor] | None = None,
     is_main_process: bool = True,
 ) -> None:
-    """Writes the mixture into a folder; a crash in between leaves what was there as it was.
+    """Writes the mixture into a folder. A crash while writing leaves what was there as it was; one between the last
+    renamings is noticed when loading.
 
     state_dict: the model's gathered tensors under its own names, where a trainer has them. is_main_process: whether
     this process writes; where the model is sharded (ZeRO-3, FSDP2) every process must call. Raises StateError where

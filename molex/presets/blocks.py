@@ -26,7 +26,8 @@ def mixlora() -> MixtureConfig:
         y = Σ_k w_k FFN_k(x), each expert's gate, up and down with LoRAs of its own
 
     Ordinary LoRA on attention. Weights are renormalised as in the paper's Algorithm 1 and its code (not its Eq. 7); the
-    balance coefficient is the code's 1e-3 with top-k counts (the paper prints 1e-2). experts="dora" is MixDoRA.
+    balance coefficient is the code's 1e-3 with top-k counts (the paper prints 1e-2). Experts share one dropout mask
+    (the code: one each). experts="dora" is MixDoRA.
     """
     return MixtureConfig(
         method="mixlora",
@@ -48,7 +49,9 @@ def mola() -> MixtureConfig:
 
         y = base(x) + Σ_k w_k s B_k A_k x per linear, 2-4-6-8 experts from low to high layers
 
-    The released scripts leave the balance loss off (it cannot be turned on there); here it is on, as the paper says.
+    The released scripts leave the balance loss off (it cannot be turned on there); here it is on, as the paper says,
+    without padding. A starts as in the code (kaiming; the paper says Gaussian: init="gaussian"). Experts share one
+    dropout mask (the code: one each).
     """
     return MixtureConfig(
         method="mola",
@@ -69,7 +72,9 @@ def loramoe() -> MixtureConfig:
         y = base(x) + Σ_e softmax(W x)_e s B_e A_e x on the linears of the FFN
 
     The localized balancing constraint needs task types (0 or 1); localized_coefficient=0 turns it off, as the released
-    script does. Var / mean² is the code's form; squared_mean=False is the paper's.
+    script does. Var / mean² is the code's form; squared_mean=False is the paper's. Padding is masked out of it (the
+    code counts it). It evens Q ⊙ I, so the half that matches a task's type gets less, as in the code. Experts share
+    one dropout mask (the code: one each).
     """
     return MixtureConfig(
         method="loramoe",
@@ -90,7 +95,7 @@ def dynmole() -> MixtureConfig:
         y = base(x) + Σ_{e in S(x)} softmax(W x)_e s B_e A_e x, S all experts where the router is unsure, else the top-p
 
     As in the released code, the expert that crosses top_p is left out and weights are not renormalised. Padding is
-    masked out of the entropy loss too (the code masks it in the balance loss only).
+    masked out of the entropy loss too (the code masks it in the balance loss only). Experts share one dropout mask.
     """
     return MixtureConfig(
         method="dynmole",

@@ -15,7 +15,7 @@ def smora() -> MixtureConfig:
         y = base(x) + α Σ_i p_i b_i (a_i x), 8 of 64 single ranks by sigmoid scores, Σ p = 1
 
     num_experts is the total rank. The balance bias sits inside the weight as in the code, but only the balance rule
-    moves it (there AdamW does too); it moves once per step, without padding. The router reads x before dropout.
+    moves it (there AdamW does too); it moves once per micro-batch, without padding. The router reads x before dropout.
     """
     return MixtureConfig(
         method="smora", num_experts=64, rank=1, alpha=16, scaling="alpha", router=SigmoidConfig(top_k=8)
@@ -28,7 +28,8 @@ def flylora() -> MixtureConfig:
 
         y = base(x) + (α/r) Σ_{i in topk |A x + d|} b_i (a_i x), A frozen and sparse
 
-    num_experts is the total rank r. Chooses by magnitude as in the paper; signed=True is the released code. Gradients
+    num_experts is the total rank r; the paper's α is 2 r, so set alpha with it. A row of A has D · k / r non-zeros.
+    Chooses by magnitude as in the paper; signed=True is the released code. Gradients
     reach x through the experts (the code's 16-bit path cuts them).
     """
     return MixtureConfig(
@@ -37,7 +38,7 @@ def flylora() -> MixtureConfig:
         rank=1,
         alpha=64,
         scaling="alpha/num_experts",
-        experts=SparseAConfig(density=0.25),
+        experts=SparseAConfig(top_k=8),
         router=ImplicitConfig(top_k=8),
     )
 
@@ -48,8 +49,9 @@ def moram() -> MixtureConfig:
 
         y = base(x) + s Σ_i softmax(topk(A x / ‖A x‖) / τ)_i b_i (a_i x)
 
-    mixture.grow() freezes these memories and adds the next task's. The scale s stays with the old ones (the code drops
-    it).
+    num_experts is the rank of one task, top_k the same number in the paper. In evaluation a memory that answers below
+    threshold = 0.2 is left out. mixture.grow() freezes these memories and adds the next task's; the scale s stays
+    with the old ones (the code drops it).
     """
     return MixtureConfig(
         method="moram",

@@ -38,7 +38,7 @@ def poly() -> MixtureConfig:
 
         y = base(x) + (1/r) (Σ_j w_j B_j) (Σ_j w_j A_j) x, w learned per task
 
-    relaxed=False is the released configurations' plain sigmoid in training.
+    relaxed=False is the released configurations' plain sigmoid in training. A starts in U(±1/√D), as LoRA's does.
     """
     return MixtureConfig(
         method="poly", num_experts=4, rank=8, alpha=1, experts=AveragedConfig(), router=PolytroponConfig()
@@ -51,7 +51,7 @@ def mhr() -> MixtureConfig:
 
         Poly with weights of its own for each of 4 slices of the in- and out-features
 
-    num_heads must divide every target's sizes.
+    num_heads must divide every target's sizes. A starts in U(±1/√D) (PEFT: U(±1/√(D/H))).
     """
     return poly().override({"method": "mhr", "num_heads": 4})
 
@@ -62,7 +62,8 @@ def mos() -> MixtureConfig:
 
         y = base(x) + (α/r) B_l A_l x, both gathered by fixed random indices from pools that all layers share
 
-    num_experts stays 1; rank, pool_rank, private_rank and shards_per_vector are its dials.
+    num_experts stays 1; rank, pool_rank, private_rank and shards_per_vector are its dials. A layer draws
+    rank − private_rank public vectors; each layer of its type gives pool_rank − private_rank, so the defaults need 7.
     """
     return MixtureConfig(
         method="mos", num_experts=1, rank=8, alpha=16, dropout=0.1, experts=ShardsConfig(), router=ConstantConfig()
@@ -75,7 +76,7 @@ def mtlora() -> MixtureConfig:
 
         y = base(x) + s B_0 A_0 x + s B_t A_t x, t the token's task
 
-    num_experts is one shared expert and one per task. mode="matrix" is the released vision code's default: the task's
-    expert alone.
+    num_experts is one shared expert and one per task, so task t has expert 1 + t. mode="matrix" is the released vision
+    code's default: the task's expert alone, and there task t has expert t, 0 the shared one.
     """
     return MixtureConfig(method="mtlora", num_experts=5, rank=8, alpha=16, experts=LoRAConfig(), router=TaskConfig())

@@ -5,6 +5,7 @@
 The singular vector comes from the small core: with Bᵀ's QR factor R_B, the right vectors of B A are those of R_B A.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ class ArrowConfig(RouterConfig):
 
 
 class ArrowRouter(Router):
-    """prototypes (E, D), a persistent buffer; zero until experts are loaded."""
+    """prototypes (E, D), a persistent buffer; zero until an expert is loaded, which nobody is routed to until then."""
 
     exact = ("prototypes",)
     prototypes: Tensor
@@ -54,5 +55,8 @@ class ArrowRouter(Router):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits_TE = (x.to(dtype) @ self.prototypes.to(dtype).T).abs()
-        best_TK, ids_TK = logits_TE.topk(self.config.top_k, dim=-1)
-        return Routing(ids_TK, (best_TK / self.config.temperature).softmax(-1), logits_TE, self.num_experts)
+        there_E = self.prototypes.any(dim=1)
+        best_TK, ids_TK = logits_TE.where(there_E, -1).topk(self.config.top_k, dim=-1)
+        chosen_TK = there_E[ids_TK]
+        weights_TK = (best_TK / self.config.temperature).masked_fill(~chosen_TK, -math.inf).softmax(-1)
+        return Routing(ids_TK.where(chosen_TK, -1), weights_TK.where(chosen_TK, 0), logits_TE, self.num_experts)

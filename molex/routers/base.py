@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molex.errors import ConfigError, StateError, check_choice
+from molex.checks import check_choice, check_range
+from molex.errors import ConfigError, StateError
 from molex.exact import Exact
 from molex.registry import Registry
 from molex.routing import RouteContext, Routing
@@ -34,8 +35,8 @@ class Router(Exact, ABC):
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         """x (T, D) -> Routing over T tokens."""
 
-    def balance(self, load: Tensor) -> None:
-        """Told once per step how many token slots each expert served (E,), over all ranks. Most do nothing."""
+    def learn_expert(self, expert_id: int, A: Tensor, B: Tensor) -> None:
+        """Told of every LoRA that is loaded into its layer: A (R, D), B (O, R). Most routers do not mind."""
 
     def task_ids(self, ctx: RouteContext, num_tasks: int) -> Tensor:
         """The tokens' tasks (T,). Raises StateError when nobody set them, ConfigError when one is out of range."""
@@ -49,7 +50,7 @@ class Router(Exact, ABC):
 
 
 class BalancedRouter(Router):
-    """A router with a balance bias, moved against the load after each step, never by a gradient or in forward.
+    """A router with a balance bias, moved against the load after each micro-batch, never by a gradient or in forward.
 
     bias_e += rate · sign(mean load − load_e)
     """
@@ -59,11 +60,13 @@ class BalancedRouter(Router):
 
     def __init__(self, num_experts: int, rate: float):
         super().__init__(num_experts)
+        check_range("bias_rate", rate, 0)
         self.rate = rate
         self.register_buffer("bias", torch.zeros(num_experts))
 
     @torch.no_grad()
     def balance(self, load: Tensor) -> None:
+        """load (E,): how many token slots each expert served, over all ranks."""
         load = load.to(self.bias)
         self.bias += self.rate * torch.sign(load.mean() - load)
 
@@ -92,6 +95,7 @@ class Gate(nn.Module):
             check_choice("gate_init", init, ("kaiming",))
             nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         else:
+            check_range("gate_init", init, 0)
             nn.init.normal_(self.weight, std=init)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@
     head     depth 1: Linear;   deeper: (Linear, ReLU, Dropout) × (depth − 1), Linear;   logits (T, L, E)
     w = softmax(logits / τ);   pass 2   the model with w[:, l] in layer l        (softmax=False: w = logits)
 
-Model scope: it runs before the model (see molex.two_pass) and leaves a Routing for each layer. `layerwise=False`
+Model scope: it runs before the model (see molex.model_scope) and leaves a Routing for each layer. `layerwise=False`
 shares one set of weights between all layers. `top_k` keeps the largest without renormalising; `softmax_top_k` then
 takes a softmax over the kept weights, as PEFT does.
 """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from molex.checks import check_range
 from molex.errors import ConfigError
 from molex.routers.base import Router, RouterConfig, routers
 from molex.routing import RouteContext, Routing
@@ -27,6 +28,7 @@ class SelfActivatedConfig(RouterConfig):
     def __post_init__(self) -> None:
         if self.top_k < 1 or self.temperature <= 0:
             raise ConfigError(f"top_k={self.top_k} must be at least 1, temperature={self.temperature} above 0")
+        check_range("threshold", self.threshold, -1, 1)  # a cosine never passes 1
 
     def build(self, in_features: int, num_experts: int) -> Router:
         return SelfActivatedRouter(self, num_experts)

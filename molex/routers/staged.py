@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from molex.errors import check_choice
+from molex.checks import check_choice
 from molex.routers.base import Gate, Router, RouterConfig, check_top_k, routers
 from molex.routing import RouteContext, Routing, dense_routing
 

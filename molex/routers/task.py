@@ -14,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from molex.errors import ConfigError, check_choice
+from molex.checks import check_choice
+from molex.errors import ConfigError
 from molex.routers.base import Router, RouterConfig, routers
 from molex.routing import RouteContext, Routing
 

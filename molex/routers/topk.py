@@ -48,8 +48,8 @@ class TopKRouter(Router):
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         if self.training and self.config.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
-        logits_TE = self.gate(x)
-        probs_TE = (logits_TE / self.config.temperature).softmax(-1)
+        logits_TE = self.gate(x) / self.config.temperature
+        probs_TE = logits_TE.softmax(-1)
         weights_TK, ids_TK = probs_TE.topk(self.config.top_k, dim=-1)
         if self.config.renormalise:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)

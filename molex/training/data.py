@@ -16,7 +16,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from molex.errors import ConfigError, check_choice
+from molex.checks import check_choice
+from molex.errors import ConfigError
 from molex.training.tasks import TASKS
 
 AnyDataset = Dataset | IterableDataset

@@ -22,13 +22,14 @@ from rich.table import Table
 
 from molex.errors import ConfigError, StateError
 from molex.io.loading import load
-from molex.mixture import Factors, Mixture
-from molex.plots import loss_curves, routing_heat_map
+from molex.library import Factors
+from molex.mixture import Mixture
 from molex.presets import presets
 from molex.routers.staged import StagedRouter
 from molex.surgery import convert
 from molex.workbench.data import collate, dataset
 from molex.workbench.model import load_base
+from molex.workbench.plots import check_plots, loss_curves, routing_heat_map
 from molex.workbench.scoring import answers, exact_match_by_skill
 from molex.workbench.settings import OVER_ADAPTERS, task_types, workbench_preset
 from molex.workbench.tokenizer import load_tokenizer
@@ -85,7 +86,7 @@ class Demo:
         torch.manual_seed(0)
         mixture = convert(load_base(), workbench_preset(name, len(SKILLS)))
         for expert_id, (skill, factors) in enumerate(self.experts.items() if name in OVER_ADAPTERS else ()):
-            mixture.load_expert(expert_id, skill, factors, scale=2.0)
+            mixture.load_expert(expert_id, skill, factors)
         return mixture, self._fit(mixture, name, steps)
 
     def _fit(self, mixture: Mixture, label: str, steps: int) -> Result:
@@ -148,7 +149,8 @@ class Demo:
 
 def run_demo(out: Path, console: Console, steps: int) -> list[Result]:
     """Runs the demo with `steps` training steps for the compared methods. Raises StateError if one failed to learn
-    or to come back from disk, ConfigError where `out` is a file."""
+    or to come back from disk, ConfigError where `out` is a file or matplotlib is not installed."""
+    check_plots()
     if out.is_file():
         raise ConfigError(f"{out} is a file; give a folder to write to")
     results = Demo(out, console, steps).run()

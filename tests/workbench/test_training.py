@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import molex
-from molex.mixture import Factors, Mixture
+from molex.library import Factors
+from molex.mixture import Mixture
 from molex.presets import presets
 from molex.workbench.data import dataset
 from molex.workbench.model import load_base
@@ -73,7 +74,7 @@ def test_beats_the_base(name: str, tokenizer: PreTrainedTokenizerBase, experts: 
     """A method over experts must beat both the base and its own untrained router; Arrow has nothing to train."""
     mixture = converted(name)
     for expert_id, skill in enumerate(SKILLS if name in OVER_EXPERTS else ()):
-        mixture.load_expert(expert_id, skill, experts[skill], scale=2.0)
+        mixture.load_expert(expert_id, skill, experts[skill])
     before = score(mixture, tokenizer)
     if mixture.trainable_parameters():
         learn(mixture, tokenizer, *SCHEDULES.get(name, (20, 2e-2)))

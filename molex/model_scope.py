@@ -10,23 +10,48 @@ model expects. A decoding step therefore costs two tokens of work, however long 
 The first pass runs without gradients and in the model's own mode: a base with dropout drops there too, as in PEFT.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from molex.errors import StateError
+from molex.errors import ConfigError, StateError, TargetError
 from molex.layer import MixtureLinear
-from molex.routers.scalings import ScalingsRouter
+from molex.linears import execution_device
+from molex.routers.scalings import ScalingsConfig, ScalingsRouter
 from molex.state import MixtureState
-from molex.tokens import bound_arguments
+from molex.tokens import Stack, bound_arguments
 
 _FIRST = "molex_first_pass"  # the caller's cache keeps the first pass's under this name
 _UNREAD = ("output_hidden_states", "output_attentions", "output_router_logits")
+
+
+def check_model_scope(scope: str, stacks: tuple[Stack, ...], counts: set[int]) -> None:
+    """Raises TargetError on an encoder-decoder, ConfigError on feed-forward scope and on layers of unlike counts."""
+    if scope == "ffn":
+        raise ConfigError("a model-scope router decides for linears; use scope='linear'")
+    if len(stacks) > 1:
+        raise TargetError("xlora reads the model's own last hidden states first: encoder-decoders are not supported")
+    if len(counts) > 1:
+        raise ConfigError("a model-scope router needs the same number of experts in every layer")
+
+
+def build_head(
+    model: nn.Module, config: ScalingsConfig, linears: Sequence[nn.Module], num_experts: int
+) -> ScalingsRouter:
+    """The head over the model's last hidden states, for these linears. Raises TargetError on a foreign model."""
+    model_config = getattr(model, "config", None)
+    if not isinstance(model_config, PreTrainedConfig):
+        raise TargetError("xlora needs a transformers model: its config names the hidden size the head reads")
+    text_config = model_config.get_text_config()
+    # OPT projects its last hidden states to the embeddings' width, which in OPT-350m is not the layers'
+    width = getattr(text_config, "word_embed_proj_dim", text_config.hidden_size)
+    return config.build_head(width, num_experts, len(linears)).to(execution_device(linears[0]))
 
 
 class TwoPass:
@@ -69,12 +94,8 @@ class TwoPass:
 
     def _first_pass(self, stack: nn.Module, arguments: dict[str, Any]) -> Tensor:
         """Last hidden states (B, S, D) of the base. `forward` itself: the stack's hooks belong to the second pass."""
-        self.state.enabled = False
-        try:
-            with torch.no_grad():
-                output = stack.forward(**arguments)
-        finally:
-            self.state.enabled = True
+        with self.state.replaced(enabled=False), torch.no_grad():
+            output = stack.forward(**arguments)
         if self._caller is None:
             self._first = _cache_among(output)
         return output[0]

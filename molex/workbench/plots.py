@@ -1,10 +1,14 @@
 """The two pictures that go with a trained mixture: loss curves and where tokens went. Needs matplotlib (molex[viz])."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from molex.errors import ConfigError
 
 Loads = Mapping[str, Tensor]  # layer name -> share of the slots each expert served (E,)
 
@@ -69,12 +73,16 @@ def _short(layer: str) -> str:
     return ".".join([next((part for part in parts if part.isdigit()), ""), parts[-1]]).strip(".")
 
 
-def _pyplot():
-    """matplotlib on its file backend. Raises ImportError that says what to install."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'molex[viz]'") from error
+def check_plots() -> None:
+    """Raises ConfigError, which says what to install, where there is no matplotlib."""
+    if find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib: pip install 'molex[viz]'")
+
+
+def _pyplot() -> Any:
+    """matplotlib on its file backend."""
+    import matplotlib
+
     matplotlib.use("agg")
     import matplotlib.pyplot
 

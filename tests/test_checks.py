@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from molex import preset
+from molex.checks import near_and_known
 from molex.config import MixtureConfig
 from molex.errors import ConfigError
 from molex.registry import Registry
-from molex.settings import near_and_known
 
 
 @pytest.mark.parametrize(

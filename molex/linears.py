@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from molex.sharding import whole_shape
+from molex.distributed import whole_shape
 
 
 def features(base: nn.Module) -> tuple[int, int] | None:

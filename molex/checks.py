@@ -22,6 +22,25 @@ def near_and_known(name: object, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}? Known: {', '.join(names)}" if near else f"; known: {', '.join(names)}"
 
 
+def listed(names: list[str], limit: int = 3) -> str:
+    """A few names for an error message, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raises ConfigError unless a setting has one of the values it can have."""
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r}; choose from {', '.join(map(repr, choices))}")
+
+
+def check_range(name: str, value: float, low: float, high: float = math.inf) -> None:
+    """Raises ConfigError unless a number lies in low..high."""
+    if not low <= value <= high:
+        allowed = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ConfigError(f"{name}={value}; give a number {allowed}")
+
+
 def check_settings(part: type[Any], settings: Mapping[str, Any]) -> None:
     """Raises ConfigError where a setting's value is of another kind than its configuration declares."""
     declared = get_type_hints(part)

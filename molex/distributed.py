@@ -1,4 +1,4 @@
-"""Whole tensors and true sizes, where sharded training leaves a rank only its part of a parameter.
+"""Several ranks: sums over all of them, and whole tensors and true sizes where sharding leaves a rank only its part.
 
 ZeRO-3 leaves an empty tensor between uses and remembers the rest in attributes; FSDP2 leaves a DTensor. Gathering is a
 collective: every rank must call, with the same parameters in the same order. On whole parameters nothing happens.
@@ -7,8 +7,10 @@ collective: every rank must call, with the same parameters in the same order. On
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -59,3 +61,26 @@ def put(place: Tensor, tensor: Tensor) -> None:
             place.copy_(tensor)
     else:
         place.copy_(tensor)
+
+
+def all_ranks(value: Tensor) -> Tensor:
+    """Sum over ranks, with gradient."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return _SumOverRanks.apply(value)  # type: ignore[return-value]
+    return value
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank's result is the sum, so every rank's gradient flows back to each rank's summand."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total)
+        return total

@@ -1,0 +1,92 @@
+"""A mixture's experts as a library: whole experts, over all layers, put in, taken out, added and found by name.
+
+An expert over several layers is one LoRA for each, by layer name. What does not fit is refused before any layer has
+changed.
+"""
+
+import logging
+from collections.abc import Mapping
+
+from molex.config import MixtureConfig
+from molex.errors import ConfigError, TargetError
+from molex.experts import LoRA
+from molex.experts.lora import LoRABank
+from molex.layer import MixtureLinear
+
+logger = logging.getLogger("molex")
+
+Layers = Mapping[str, MixtureLinear]
+Factors = Mapping[str, LoRA]  # by layer name
+
+
+def expert_names(layers: Layers) -> list[str]:
+    """The experts' names, of the layer that has most."""
+    return max((layer.experts.names for layer in layers.values()), key=len)
+
+
+def find_expert(layers: Layers, name: str | None) -> int:
+    """An expert's number by its name; -1 for None, the base alone. Raises ConfigError where a layer lacks it."""
+    if name is None:
+        return -1
+    names = expert_names(layers)
+    if name not in names:
+        raise ConfigError(f"no expert {name!r}; this mixture has: {', '.join(names)}")
+    expert_id = names.index(name)
+    for layer_name, layer in layers.items():
+        if expert_id >= layer.experts.num_experts and not layer.plain:
+            raise ConfigError(f"{layer_name} has no expert {name!r}, only {layer.experts.num_experts}")
+    return expert_id
+
+
+def load_expert(layers: Layers, expert_id: int, name: str, factors: Factors) -> None:
+    """See `Mixture.load_expert`."""
+    names = expert_names(layers)
+    if name in names and names.index(name) != expert_id:
+        raise ConfigError(f"expert {names.index(name)} is called {name!r} already; choose another name")
+    unknown = sorted(set(factors) - set(layers))
+    if unknown:
+        raise TargetError(f"expert {name!r} has layers that are not converted: {', '.join(unknown[:5])}")
+    filled = {n: layer for n, layer in layers.items() if n in factors or not layer.plain}
+    missing = len(filled) - len(factors)
+    if missing:
+        logger.warning("expert %r has no %d of %d layers; they add nothing", name, missing, len(filled))
+    loras = {n: factors.get(n) or layer.zero_expert(expert_id) for n, layer in filled.items()}
+    for layer_name, lora in loras.items():
+        try:
+            layers[layer_name].experts.check_expert(expert_id, lora)
+        except ConfigError as error:
+            raise ConfigError(f"{layer_name}: {error}") from error
+    for layer_name, lora in loras.items():
+        layers[layer_name].load_expert(expert_id, name, lora)
+
+
+def factors_of(layers: Layers, expert_id: int) -> Factors:
+    """See `Mixture.factors`."""
+    found = {}
+    for name, layer in layers.items():
+        try:
+            A_RD, B_OR, scale = layer.experts.expert(expert_id)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+        found[name] = LoRA(A_RD.detach().clone(), B_OR.detach().clone(), scale)
+    return found
+
+
+def grow(layers: Layers, config: MixtureConfig, num_experts: int) -> None:
+    """See `Mixture.grow`."""
+    if num_experts < 1:
+        raise ConfigError(f"num_experts={num_experts}: growing adds at least 1")
+    for name, layer in layers.items():
+        bank = layer.experts
+        if type(bank) is not LoRABank or layer.router is None or not layer.router.growable:
+            raise ConfigError(f"{name}: these experts or their router cannot grow; convert with more experts")
+        taken = {str(bank.num_experts + i) for i in range(num_experts)} & set(bank.names)
+        if taken:
+            raise ConfigError(
+                f"{name}: an expert is called {taken.pop()!r}, as a new one would be; give it another name"
+            )
+    for layer in layers.values():
+        assert isinstance(layer.experts, LoRABank)
+        assert layer.router is not None
+        layer.experts.grow(num_experts, config.ranks(1)[0], config.scales(num_experts)[0])
+        layer.router.num_experts += num_experts
