@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from molex.errors import TargetError
+from molex.errors import StateError, TargetError
 from molex.state import MixtureState
 from molex.tokens import Stack, bound_arguments
 
@@ -36,6 +36,27 @@ def leave_fused_paths(model: nn.Module, layers: Iterable[str]) -> list[Removable
     return handles + [mixer.register_forward_hook(_restore_training, always_call=True) for mixer in mixers]
 
 
+def refuse_base_names(model: nn.Module, layers: Iterable[str]) -> RemovableHandle:
+    """Has `model.load_state_dict` refuse a base's weights: not strict, as stock trainers call it when they resume, it
+    would skip every converted layer and leave its experts as they are."""
+    return model.register_load_state_dict_pre_hook(_BaseNames(layers))
+
+
+class _BaseNames:
+    """Raises StateError where a state_dict has converted layers under their base's names."""
+
+    def __init__(self, layers: Iterable[str]):
+        self.layers = list(layers)
+
+    def __call__(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: object) -> None:
+        plain = [name for name in self.layers if f"{prefix}{name}.weight" in state_dict]
+        if plain:
+            raise StateError(
+                f"this state_dict is a base's: {plain[0]} is a mixture layer here and would stay as it is. "
+                "molex.load reads a mixture; the trainers of molex.training resume one"
+            )
+
+
 class _Entrance:
     """A stack's forward starts."""
 
@@ -47,16 +68,17 @@ class _Entrance:
 
 
 class _Exit:
-    """A stack's forward ends, at the first tensor it returns."""
+    """A stack's forward ends, at the tensors it returns: a loss may read any of them."""
 
     def __init__(self, state: MixtureState):
         self.state = state
 
     def __call__(self, module: nn.Module, args: object, output: Any) -> None:
-        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
-        tensor = next((value for value in values if isinstance(value, Tensor)), None)
-        if tensor is not None:
-            self.state.end(tensor)
+        if isinstance(output, Tensor):
+            self.state.mark(output)
+        elif isinstance(output, Mapping | tuple | list):
+            for part in output.values() if isinstance(output, Mapping) else output:
+                self(module, args, part)
 
 
 class _Unseen:

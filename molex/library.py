@@ -41,6 +41,8 @@ def find_expert(layers: Layers, name: str | None) -> int:
 def load_expert(layers: Layers, expert_id: int, name: str, factors: Factors) -> None:
     """See `Mixture.load_expert`."""
     names = expert_names(layers)
+    if not isinstance(name, str) or not isinstance(factors, Mapping):
+        raise ConfigError(f"an expert is a name and a LoRA for each layer name, got {name!r} and {factors!r:.60}")
     if name in names and names.index(name) != expert_id:
         raise ConfigError(f"expert {names.index(name)} is called {name!r} already; choose another name")
     unknown = sorted(set(factors) - set(layers))
@@ -74,7 +76,7 @@ def factors_of(layers: Layers, expert_id: int) -> Factors:
 
 def grow(layers: Layers, config: MixtureConfig, num_experts: int) -> None:
     """See `Mixture.grow`."""
-    if num_experts < 1:
+    if not isinstance(num_experts, int) or num_experts < 1:
         raise ConfigError(f"num_experts={num_experts}: growing adds at least 1")
     for name, layer in layers.items():
         bank = layer.experts

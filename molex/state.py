@@ -84,9 +84,10 @@ class MixtureState:
         if self.steps is not None:
             self.steps.append(self.trace)
 
-    def end(self, output: Tensor) -> None:
-        """A stack's forward ended. Its backward starts here, and recomputes from its own trace, however many other
-        forwards came between. One backward at a time: over several devices autograd would run two at once."""
+    def mark(self, output: Tensor) -> None:
+        """A tensor that a loss may read. When backward comes to it, what it recomputes is of this forward and sees its
+        trace, however many others came between. One backward at a time: over several devices autograd runs two at once.
+        """
         if not self.enabled or not output.requires_grad or torch.compiler.is_compiling():
             return
         trace = self.trace
@@ -162,6 +163,8 @@ class MixtureState:
             self._graded.add(context.layer)
         if torch.is_grad_enabled() or not context.training:
             self.trace[context.layer] = Decision(routing, context)
+            if routing.logits is not None:
+                self.mark(routing.logits)
 
     def _check_recomputation(self, layer: str) -> None:
         if layer not in self._graded:

@@ -47,7 +47,7 @@ class MixtureSettings:
     attn_implementation: str | None = field(default=None, metadata={"help": "As in from_pretrained."})
     preset: str = field(default="mixlora", metadata={"help": "The method; `molex methods` lists them."})
     settings: dict[str, Any] | None = field(
-        default=None, metadata={"help": "The preset's settings, a mapping in the YAML file (or JSON)."}
+        default=None, metadata={"help": "The preset's settings, a mapping in the YAML file."}
     )
     set: list[str] = field(default_factory=list, metadata={"help": "The same as flags: --set top_k=1 rank=8."})
 
@@ -96,9 +96,10 @@ def main() -> None:
     metrics = trainer.evaluate() if eval_rows is not None else trainer.state.log_history[-1]
     trainer.save_model()
     trainer.save_state()
-    example = generate_example(trainer, tokenizer, dict(next(iter(train_rows if eval_rows is None else eval_rows))))
     if trainer.is_world_process_zero():
         write_run(mixed, data, training)
+    example = generate_example(trainer, tokenizer, dict(next(iter(train_rows if eval_rows is None else eval_rows))))
+    if trainer.is_world_process_zero():
         report(mixture, metrics, example, training.output_dir)
 
 
@@ -110,6 +111,8 @@ def read_arguments(arguments: list[str] | None = None) -> tuple[MixtureSettings,
 
 def mixture_config(mixed: MixtureSettings) -> molex.MixtureConfig:
     """The preset with its settings changed: first the YAML file's, then the flags'."""
+    if not isinstance(mixed.settings or {}, dict):
+        raise ConfigError(f"settings: {mixed.settings!r} is no mapping; write names and values below it")
     settings = {name: plain_value(value) for name, value in (mixed.settings or {}).items()}
     for assignment in mixed.set:
         name, equals, value = assignment.partition("=")
@@ -168,6 +171,8 @@ def load_split(data: DataSettings, split: str) -> datasets.Dataset:
     """One split of a file on disk, or of a folder or hub data set."""
     path = Path(str(data.dataset_name))
     kind = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+    if kind is not None and not path.exists():
+        raise ConfigError(f"{path} is not there; give a file, a folder or a hub id")
     if path.is_file():
         if kind is None:
             raise ConfigError(f"{path} is none of .json, .jsonl, .csv, .parquet")
@@ -206,8 +211,8 @@ def write_run(mixed: MixtureSettings, data: DataSettings, training: TrainingSett
     """Every setting as it was resolved; `--config run.yaml` reads it."""
     known = {f for f in training.__dataclass_fields__ if training.__dataclass_fields__[f].init}
     resolved = {name: value for name, value in training.to_dict().items() if name in known}
-    tokens = {name for name in resolved if name.endswith("_token")}
-    chosen = {**asdict(mixed), **asdict(data), **{name: v for name, v in resolved.items() if name not in tokens}}
+    secrets = ("hub_token", "push_to_hub_token")
+    chosen = {**asdict(mixed), **asdict(data), **{name: v for name, v in resolved.items() if name not in secrets}}
     stated = {name: value for name, value in chosen.items() if value is not None}
     (Path(str(training.output_dir)) / "run.yaml").write_text(yaml.safe_dump(stated, sort_keys=False))
 

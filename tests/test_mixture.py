@@ -209,6 +209,18 @@ def test_factors_carry_each_layers_scale() -> None:
         )
 
 
+def test_a_bases_weights_are_refused_under_a_mixture() -> None:
+    """A stock trainer that resumes loads them, not strict, and would go on with experts that never changed."""
+    mixture = mixture_of()
+    base = tiny("llama").state_dict()
+    with pytest.raises(StateError, match="this state_dict is a base's: model"):
+        mixture.model.load_state_dict(base, strict=False)
+    own = {name: tensor + 1 for name, tensor in mixture.model.state_dict().items()}
+    mixture.model.load_state_dict(own)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in mixture.model.state_dict().items())
+    mixture.revert().load_state_dict(base)
+
+
 def test_growth_does_not_take_a_name_twice() -> None:
     mixture = mixture_of(method="moram", num_experts=3, rank=1)
     mixture.load_expert(0, "3", mixture.factors(0))
@@ -224,3 +236,5 @@ def test_factors_and_growth_that_cannot_be() -> None:
         mixture_of(experts="dora").factors(0)
     with pytest.raises(ConfigError, match="num_experts=0: growing adds at least 1"):
         mixture_of(method="moram", rank=1).grow(0)
+    with pytest.raises(ConfigError, match="an expert is a name and a LoRA for each layer"):
+        mixture_of().load_expert(0, "law", "path/of/an/adapter")  # type: ignore[arg-type]

@@ -160,6 +160,35 @@ def test_checkpointing_two_forwards_before_one_backward(name: str, method: str) 
         torch.testing.assert_close(gradient, plain[parameter], msg=parameter)
 
 
+@pytest.mark.parametrize("read", ["hidden_states", "aux_loss"])
+@pytest.mark.parametrize("method", ["mtlora", "mola", "xlora"])
+def test_checkpointing_of_a_loss_on_states_in_between(method: str, read: str) -> None:
+    """Neither forward's last output takes part in the loss."""
+    mixture = mixture_of(method=method, train_experts=True)
+    model = mixture.model.train()
+    ids_BS = batch_for(model)["input_ids"]
+
+    def both() -> dict[str, Tensor]:
+        model.zero_grad()
+        losses = []
+        for tasks, inputs in (([0, 1], ids_BS), ([1, 1], ids_BS.roll(1, 0)[:, :5])):
+            with mixture.using(tasks=tasks):
+                states = model(inputs, output_hidden_states=True).hidden_states
+                losses.append(states[1].square().sum() if read == "hidden_states" else 10 * mixture.aux_loss())
+        if not sum(losses).requires_grad:
+            return {}
+        sum(losses).backward()
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    plain = both()
+    assert plain or read == "aux_loss"
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    again = both()
+    assert plain.keys() == again.keys()
+    for parameter, gradient in plain.items():
+        torch.testing.assert_close(again[parameter], gradient, msg=parameter)
+
+
 @pytest.mark.parametrize("method", ["mola", "mtlora", "mixlora"])
 def test_checkpointing_recomputes_the_expert_that_was_asked_for(method: str) -> None:
     """Backward comes after `using` has ended."""

@@ -51,7 +51,7 @@ def refuse_foreign(folder: Path) -> None:
     if (folder / CONFIG_FILE).is_file():
         return
     if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} is a PEFT adapter, one expert and no mixture; load it as an expert instead")
+        raise CheckpointError(f"{folder} is a PEFT adapter, no mixture; mixture.load_expert takes its A and B")
     raise CheckpointError(f"{folder} has no {CONFIG_FILE}: it was not written by mixture.save")
 
 

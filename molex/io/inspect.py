@@ -62,7 +62,12 @@ def describe(path: str | Path) -> Description:
     if not folder.is_dir():
         raise CheckpointError(f"{path} is no folder; give one written by mixture.save, or a PEFT adapter")
     if (folder / _ADAPTER_CONFIG).is_file() and not (folder / CONFIG_FILE).is_file():
-        return _describe_adapter(folder)
+        try:
+            return _describe_adapter(folder)
+        except (TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{folder / _ADAPTER_CONFIG} has a value of a wrong kind: {error}") from error
     record = read_record(folder)
     headers, _ = read_headers(folder / TENSOR_FILE)
     return _describe_mixture(record, headers)

@@ -85,6 +85,8 @@ def _load_base(
     instead = "load the base yourself and call molex.load(model, path)"
     name = str(source) if base.included else base.name_or_path
     model_class = getattr(transformers, base.class_name, None)
+    if base.quantization and not base.included:
+        raise CheckpointError(f"{source} was made on a base quantised by {base.quantization}: {instead}")
     if not name:
         raise CheckpointError(f"{source} does not name its base, a {base.class_name} made in memory: {instead}")
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):

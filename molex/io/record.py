@@ -37,7 +37,8 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "tie_word_embeddings
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRecord:
-    """Which model a mixture was made on. `included`: its weights lie in the same folder."""
+    """Which model a mixture was made on. `included`: its weights lie in the same folder. `quantization`: the method of
+    a quantised one, such as "bitsandbytes"."""
 
     name_or_path: str
     class_name: str
@@ -45,6 +46,7 @@ class BaseRecord:
     dtype: str
     sizes: dict[str, int] = field(default_factory=dict)
     included: bool = False
+    quantization: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,14 @@ def base_record(model: nn.Module, included: bool = False) -> BaseRecord:
         dtype=str(getattr(model, "dtype", "")).removeprefix("torch."),
         sizes={name: value for name, value in sizes.items() if isinstance(value, int)},
         included=included,
+        quantization=_quantization(config),
     )
+
+
+def _quantization(config: object) -> str:
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
+    return "" if found is None else str(getattr(method, "value", method))
 
 
 def digest(document: Mapping[str, Any]) -> str:

@@ -58,6 +58,7 @@ def supervised(dataset: AnyDataset, format: str | None = None, *, chat: bool, jo
     needed = next((c for c in FORMATS[format] if set(c) <= set(columns)), None)
     if needed is None:
         raise ConfigError(f"format {format!r} needs {_spelt(FORMATS[format])}; the columns are {', '.join(columns)}")
+    _check_row(format, next(iter(dataset), None))
     if TASKS not in columns and "task_id" in columns:
         dataset = dataset.rename_column("task_id", TASKS)
     kept = dataset.select_columns([c for c in (*needed, *_EXTRAS.get(format, ()), TASKS) if c in _columns(dataset)])
@@ -65,6 +66,27 @@ def supervised(dataset: AnyDataset, format: str | None = None, *, chat: bool, jo
         return kept
     given = [c for c in _columns(kept) if c != TASKS]
     return kept.map(_from_alpaca, remove_columns=given, fn_kwargs={"chat": chat, "join": join})
+
+
+def _check_row(format: str, row: Row | None) -> None:
+    """Raises ConfigError where the first row's values are of no kind that the format has: later it would say less."""
+    if row is None:
+        raise ConfigError("the data set has no rows")
+    texts = {"alpaca": ("instruction", "output"), "text": ("text",), "prompt-completion": ("prompt", "completion")}
+    for column in texts.get(format, ()):
+        conversational = format == "prompt-completion" and isinstance(row[column], list)
+        if not isinstance(row[column], str) and not conversational:
+            raise ConfigError(f"{column}={row[column]!r:.60} in the first row; format {format!r} has texts there")
+    if format == "messages":
+        turns = row.get("messages", row.get("conversations"))
+        keys = ({"role", "content"}, {"from", "value"})
+        if not isinstance(turns, list) or not all(
+            isinstance(t, dict) and any(k <= t.keys() for k in keys) for t in turns
+        ):
+            raise ConfigError(f"{turns!r:.60} in the first row; messages are a list of {{role, content}}")
+    tasks = row.get(TASKS, row.get("task_id", 0))
+    if not all(isinstance(task, int) for task in (tasks if isinstance(tasks, list) else [tasks])):
+        raise ConfigError(f"task ids {tasks!r:.60} in the first row; they are whole numbers, one a row or one a token")
 
 
 def _from_alpaca(row: Row, chat: bool, join: str) -> Row:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from molex.errors import ConfigError
 from molex.mixture import Mixture
 from molex.training.arguments import MixtureArguments
 from molex.training.mixin import MixtureTrainerMixin
@@ -25,9 +26,14 @@ class MixtureDPOConfig(MixtureArguments, DPOConfig):
 
 
 class MixtureDPOTrainer(MixtureTrainerMixin, DPOTrainer):
-    """Used as DPOTrainer is, without a reference model."""
+    """Used as DPOTrainer is, without a reference model. Raises ConfigError on one.
+
+    also_train modules are the policy's in the reference too.
+    """
 
     def __init__(self, model: PreTrainedModel, args: DPOConfig, **rest: Any):
+        if rest.get("ref_model") is not None or args.sync_ref_model:
+            raise ConfigError("the reference is the mixture's own base: leave ref_model and sync_ref_model out")
         # TRL loads no reference model where reference log-probabilities are precomputed
         self._precompute = args.precompute_ref_log_probs
         args.precompute_ref_log_probs = True

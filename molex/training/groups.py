@@ -6,7 +6,7 @@ Everything else about a group (weight decay above all) stays as the Trainer deci
 import torch
 from torch import nn
 
-from molex.errors import ConfigError
+from molex.errors import ConfigError, StateError
 from molex.mixture import Mixture
 
 
@@ -28,6 +28,14 @@ def split_groups(optimizer: torch.optim.Optimizer, routers: list[nn.Parameter], 
             group["params"] = [p for p in group["params"] if id(p) not in ids]
             optimizer.add_param_group({**group, "params": moved, "lr": learning_rate, "routers": True})
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+
+
+def check_holds_all(optimizer: torch.optim.Optimizer, mixture: Mixture) -> None:
+    """Raises StateError where the mixture has grown since its trainer made the optimizer: the new experts would not
+    learn."""
+    held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+    if any(id(p) not in held for p in mixture.trainable_parameters()):
+        raise StateError("this optimizer does not hold all that trains; after mixture.grow make a new trainer")
 
 
 def check_split(optimizer: torch.optim.Optimizer) -> None:

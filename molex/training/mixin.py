@@ -13,19 +13,21 @@
 Methods with a leading underscore are Trainer's own: it has no public place for batches, columns and checkpoints.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from molex.errors import ConfigError
 from molex.io.checkpoint import load_into
 from molex.mixture import Mixture
 from molex.training.arguments import RoutingLogs
-from molex.training.groups import check_split, router_parameters, split_groups
+from molex.training.groups import check_holds_all, check_split, router_parameters, split_groups
 from molex.training.routing_log import RoutingLog
 from molex.training.tasks import TASKS, TaskCollator
 
@@ -43,7 +45,10 @@ class MixtureTrainerMixin(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._train_routing, self._eval_routing = RoutingLog(), RoutingLog()
-        super().__init__(*args, **kwargs)
+        self._made_optimizer = False
+        model = kwargs.get("model", args[0] if args else None)
+        with _as_adapter(model) if isinstance(model, PreTrainedModel) else nullcontext():
+            super().__init__(*args, **kwargs)
         _check(self.args)
         _ = self.mixture
 
@@ -83,7 +88,13 @@ class MixtureTrainerMixin(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
         self.mixture.step()
+        self.mixture.set_tasks(None)  # they were this batch's: whoever generates next has tasks of its own, or none
         return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(*args, **kwargs)
+        self.mixture.set_tasks(None)
+        return result
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         prepared = super()._prepare_inputs(inputs)
@@ -107,10 +118,15 @@ class MixtureTrainerMixin(Trainer):
         fresh, routers = self.optimizer is None, router_parameters(self.mixture)
         optimizer = super().create_optimizer(*args, **kwargs)
         rate = getattr(self.args, "router_learning_rate", None)
-        if rate is not None and routers:
+        if rate is not None and not routers:
+            raise ConfigError(f"router_learning_rate={rate}: {self.mixture.config.method} has no router that trains")
+        if rate is not None:
             if fresh:
                 split_groups(optimizer, routers, rate)
             check_split(optimizer)
+        if self._made_optimizer and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            check_holds_all(optimizer, self.mixture)
+        self._made_optimizer = self._made_optimizer or fresh
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -140,6 +156,9 @@ class MixtureTrainerMixin(Trainer):
             self.processing_class.save_pretrained(directory)
         (directory / "training_args.json").write_text(self.args.to_json_string())
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the mixture's own card is written with every save, and TRL's would stand in its place."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_mixture(resume_from_checkpoint)
 
@@ -149,6 +168,23 @@ class MixtureTrainerMixin(Trainer):
 
     def _load_mixture(self, directory: str) -> None:
         load_into(self.mixture, directory)
+
+
+@contextmanager
+def _as_adapter(model: PreTrainedModel) -> Iterator[None]:
+    """A mixture on a quantised base trains experts alone, as a PEFT adapter does: the trainers' check for one, which
+    knows PEFT only, is answered, and TRL's cast of what trains on such a base to 16 bits is taken back."""
+    if not getattr(model, "is_quantized", False) or getattr(model, "_hf_peft_config_loaded", False):
+        yield
+        return
+    masters = {p: p.data.clone() for p in model.parameters() if p.requires_grad}
+    model._hf_peft_config_loaded = True  # on the instance alone, and only here: it changes save_pretrained too
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
+        for parameter, value in masters.items():
+            parameter.data = value.to(parameter.device)
 
 
 def _check(args: TrainingArguments) -> None:

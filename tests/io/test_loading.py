@@ -172,6 +172,17 @@ def test_a_base_made_in_memory_must_be_given(tmp_path: Path) -> None:
         molex.load(tmp_path)
 
 
+def test_a_quantised_base_must_be_given(base: Path, tmp_path: Path) -> None:
+    """Loaded by its name alone it would come back in full precision."""
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    mixture = scrambled(molex.convert(model, LINEAR))
+    mixture.save(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="a base quantised by bitsandbytes: load the base yourself"):
+        molex.load(tmp_path / "out")
+    assert torch.equal(logits(molex.load(LlamaForCausalLM.from_pretrained(base), tmp_path / "out")), logits(mixture))
+
+
 def test_a_base_with_missing_weights_is_refused(base: Path, tmp_path: Path) -> None:
     of_preset("lora", LlamaForCausalLM.from_pretrained(base)).save(tmp_path / "out")
     headless = snapshot(tiny("llama"))

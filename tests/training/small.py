@@ -110,9 +110,14 @@ class Recording:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         self.seen.append({name: value for name, value in inputs.items() if name != "use_cache"})
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.tasks.append(self.mixture.state.tasks)
         self.loads.append({name: stats.counts for name, stats in self.mixture.stats().items()})
         return loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        if self.model.training:
+            self.tasks.append(self.mixture.state.tasks)
+        return prepared
 
     @property
     def losses(self) -> list[float]:

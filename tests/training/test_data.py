@@ -57,6 +57,29 @@ def test_rows_that_need_nothing_stay_and_lose_other_columns(row: dict[str, Any])
     assert ready[0] == {**row, "task_ids": 3}
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": None}, "text=None in the first row"),
+        ({"text": 3}, "text=3"),
+        ({"instruction": "upper", "output": 3}, "output=3"),
+        ({"prompt": "a", "completion": None}, "completion=None"),
+        ({"messages": "hello"}, "messages are a list"),
+        ({"messages": [{"who": "me", "content": "x"}]}, "messages are a list"),
+        ({"text": "a", "task_ids": 0.5}, "task ids 0.5"),
+        ({"text": "a", "task_id": "law"}, "task ids 'law'"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        supervised(Dataset.from_list([row]), chat=True)
+
+
+def test_a_data_set_without_rows_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no rows"):
+        supervised(Dataset.from_dict({"text": []}), chat=True)
+
+
 def test_alpaca_becomes_prompt_and_completion() -> None:
     rows = Dataset.from_list(
         [{"instruction": "Add", "input": "1 2", "output": "3"}, {"instruction": "Hi {you}", "input": "", "output": "!"}]

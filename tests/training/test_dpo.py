@@ -11,6 +11,7 @@ from torch import Tensor
 from trl import DPOTrainer
 
 import molex
+from molex.errors import ConfigError
 from molex.training import MixtureDPOConfig, MixtureDPOTrainer
 from molex.workbench import load_tokenizer
 from molex.workbench.tokenizer import VOCABULARY_SIZE
@@ -101,9 +102,21 @@ def test_both_precomputed_and_live_references_are_the_base(tmp_path: Path) -> No
 def test_task_ids_reach_chosen_and_rejected(tmp_path: Path) -> None:
     trainer = dpo(mixture_of("mtlora", num_experts=3), tmp_path)
     trainer.train()
-    assert trainer.mixture.state.tasks is not None
     tasks = next(iter(trainer.get_train_dataloader()))["task_ids"]
     assert torch.equal(tasks[:2], tasks[2:])
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_another_reference_is_refused(sync: bool, tmp_path: Path) -> None:
+    mixture, args = mixture_of("mola"), MixtureDPOConfig(str(tmp_path), sync_ref_model=sync, **quick())
+    with pytest.raises(ConfigError, match="the reference is the mixture's own base"):
+        MixtureDPOTrainer(
+            mixture.model,
+            args,
+            ref_model=None if sync else tiny("llama"),
+            train_dataset=preferences(2),
+            processing_class=load_tokenizer(),
+        )
 
 
 def test_stock_dpo_trainer_looks_for_a_second_model(tmp_path: Path) -> None:

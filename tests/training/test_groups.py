@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from molex.errors import ConfigError
+from molex.errors import ConfigError, StateError
 from molex.training import MixtureTrainer, MixtureTrainingArguments
 from molex.training.groups import router_parameters
 from tests.training.small import mixture_of, quick, texts, tokenised, trainer_of
@@ -67,6 +67,15 @@ def test_grown_experts_train_and_frozen_ones_stay(tmp_path: Path) -> None:
             assert not torch.equal(tensor, before[name]), name
 
 
+def test_experts_that_came_after_the_optimizer_are_noticed(tmp_path: Path) -> None:
+    mixture = mixture_of("moram", num_experts=4)
+    trainer = trainer_of("trainer", mixture, tmp_path, texts(4), max_steps=1)
+    trainer.train()
+    mixture.grow(2)
+    with pytest.raises(StateError, match=r"after mixture\.grow make a new trainer"):
+        trainer.train()
+
+
 def test_an_optimizer_of_the_users_own_is_not_split(tmp_path: Path) -> None:
     mixture = mixture_of("mixlora")
     args = MixtureTrainingArguments(str(tmp_path), max_steps=1, **quick(router_learning_rate=1e-3))
@@ -80,7 +89,8 @@ def test_a_method_without_router_parameters_has_none(tmp_path: Path) -> None:
     mixture = mixture_of("flylora", num_experts=8, top_k=2)
     assert router_parameters(mixture) == []
     trainer = trainer_of("trainer", mixture, tmp_path, texts(4), **RATES)
-    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {1e-3}
+    with pytest.raises(ConfigError, match="flylora has no router that trains"):
+        trainer.create_optimizer()
 
 
 def test_values_out_of_range_are_refused(tmp_path: Path) -> None:

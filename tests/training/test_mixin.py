@@ -227,6 +227,42 @@ def test_a_model_that_is_no_mixture_is_refused(tmp_path: Path) -> None:
         MixtureTrainer(tiny("llama"))
 
 
+@pytest.mark.parametrize("kind", ["trainer", "sft"])
+def test_a_quantised_base_trains_and_keeps_float32_experts(kind: str, tmp_path: Path) -> None:
+    """What the trainers see of one is a flag. They refuse to train it without PEFT; TRL casts what trains."""
+    mixture = mixture_of("mixlora")
+    model: Any = mixture.model
+    model.is_quantized = model.is_loaded_in_4bit = True
+    before = {name: tensor.clone() for name, tensor in mixture.state_dict().items()}
+    trainer = trainer_of(kind, mixture, tmp_path, texts(4), max_steps=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in mixture.state_dict().items())
+    assert {p.dtype for p in mixture.trainable_parameters()} == {torch.float32}
+    assert "_hf_peft_config_loaded" not in vars(model)
+    model.is_loaded_in_4bit = False  # for what follows bitsandbytes would have to be installed
+    trainer.train()
+    moved = [name for name, tensor in mixture.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert any("lora_B" in name for name in moved)
+
+
+def test_a_batchs_tasks_end_with_it(tmp_path: Path) -> None:
+    rows = texts(4, tasks=[0, 1, 1, 0])
+    trainer = trainer_of("sft", mixture_of("mtlora", num_experts=3), tmp_path, rows, rows, max_steps=2)
+    trainer.train()
+    assert trainer.tasks[0] is not None
+    assert trainer.mixture.state.tasks is None
+    trainer.evaluate()
+    assert trainer.mixture.state.tasks is None
+
+
+def test_the_card_beside_a_checkpoint_is_the_mixtures(tmp_path: Path) -> None:
+    arguments = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of("sft", mixture_of("mixlora"), tmp_path, texts(4), **arguments)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        assert "molex.load" in (folder / "README.md").read_text()
+
+
 def test_data_parallel_replicas_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     with pytest.raises(ConfigError, match="torchrun"):

@@ -39,8 +39,7 @@ def test_every_token_has_the_task_of_its_text(arguments: dict[str, Any], tmp_pat
     trainer = trainer_of("sft", mixture, tmp_path, telling(), telling(3), num_train_epochs=1, **arguments)
     trainer.train()
     assert _letters_checked(trainer) >= 30
-    trainer.evaluate()
-    assert mixture.state.tasks is not None
+    trainer.evaluate()  # which mtlora refuses where no task arrives
 
 
 @pytest.mark.parametrize("name", ["plain", "bfd", "wrapped"])
