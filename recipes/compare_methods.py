@@ -16,6 +16,7 @@ resumed. The table and the plot are made from the cells there are.
 
 import json
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,14 +79,18 @@ def at_budget(row: str, num_skills: int, budget: int) -> MixtureConfig:
         assert isinstance(rank, int)
         return config.override({"rank": rank, "alpha": 2.0 * rank, "train_experts": False})
     dial = DIALS.get(preset_name, "rank")
-    sized = (_sized(config, dial, value) for value in range(16 if dial == "num_experts" else 1, 129))
-    return min(sized, key=lambda candidate: abs(count(candidate) - budget))
+    values = range(16 if dial == "num_experts" else 1, 129)
+    above = bisect_left(values, budget, key=lambda value: count(_sized(config, dial, value)))
+    nearest = [_sized(config, dial, value) for value in values[max(above - 1, 0) : above + 1]]
+    return min(nearest, key=lambda candidate: abs(count(candidate) - budget))
 
 
 def _sized(config: MixtureConfig, dial: str, value: int) -> MixtureConfig:
     changes: dict[str, Any] = {dial: value}
     if dial == "rank" and config.method not in ("poly", "mhr"):
         changes["alpha"] = 2.0 * value
+    if config.method in ("flylora", "moram"):  # the papers' scale is 2, a quarter of the ranks works, or all of them
+        changes |= {"alpha": 2.0 * value, "top_k": value if config.method == "moram" else value // 4}
     if dial == "pool_rank":
         changes |= {"rank": 4 * value, "alpha": 8.0 * value, "private_rank": value // 2}
     return config.override(changes)
