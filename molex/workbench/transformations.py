@@ -5,7 +5,6 @@ none of the skills themselves.
 """
 
 from collections.abc import Callable
-from random import Random
 
 from molex.workbench.skill import VOWELS, Draw, Skill, mixed_word, number, word, words
 
@@ -25,10 +24,6 @@ def advance(text: str, by: int) -> str:
 
 def _swap_pairs(text: str) -> str:
     return "".join(text[i : i + 2][::-1] for i in range(0, len(text), 2))
-
-
-def _two_numbers(rng: Random) -> str:
-    return f"{rng.randint(1, 99)} {rng.randint(1, 99)}"
 
 
 def _positions() -> dict[str, tuple[Draw, Answer]]:
@@ -72,7 +67,6 @@ def _digits() -> dict[str, tuple[Draw, Answer]]:
         "opposite": (number, lambda s: "".join(str(9 - int(c)) for c in s)),
         "parity": (number, lambda s: "".join("eo"[int(c) % 2] for c in s)),
         "order": (number, lambda s: "".join(sorted(s))),
-        "add": (_two_numbers, lambda s: str(sum(map(int, s.split())))),
     }
 
 

@@ -32,7 +32,7 @@ def greedy(model, tokenizer, prompt, longest):
 
 def test_batched_answers_equal_a_loop(base):
     tokenizer = load_tokenizer()
-    prompts = [row["prompt"] for row in dataset(["copy", "sort", "add", "title"], "test", 12)]
+    prompts = [row["prompt"] for row in dataset(["copy", "sort", "unique", "title"], "test", 12)]
     expected = [greedy(base, tokenizer, prompt, 12) for prompt in prompts]
     assert answers(base, tokenizer, prompts, 12) == expected
 

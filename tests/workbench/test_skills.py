@@ -55,7 +55,7 @@ TRANSFORMATIONS = {
     "opposite": ("9075", "0924"),
     "parity": ("9075", "oeoo"),
     "order": ("9075", "0579"),
-    "add": ("45 67", "112"),
+  
     "join": ("ab cde", "abcde"),
     "exchange": ("ab cde", "cde ab"),
     "title": ("ab cde", "Ab Cde"),
