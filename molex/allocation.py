@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from molex.architectures import block_of
+from molex.architectures import by_block
 from molex.entropy import shannon_entropy
 from molex.errors import ConfigError
 from molex.stats import LayerStats
@@ -81,14 +81,11 @@ def usage_budget(usage: Mapping[str, LayerStats] | Sequence[Tensor], total: int)
 
 
 def _needs_of_blocks(stats: Mapping[str, LayerStats]) -> list[float]:
-    blocks: dict[str, list[float]] = {}
-    for name, layer in stats.items():
-        needs = blocks.setdefault(block_of(name), [])
-        if len(layer.counts) > 1:
-            needs.append(_effective_experts(layer.counts))
-    if not blocks:
+    if not stats:
         raise ConfigError("no usage was measured: run some batches, then pass mixture.stats()")
-    return [sum(needs) / len(needs) if needs else 1.0 for needs in blocks.values()]
+    routed = [[stats[name].counts for name in names] for names in by_block(stats).values()]
+    needs = [[_effective_experts(counts) for counts in block if len(counts) > 1] for block in routed]
+    return [sum(block) / len(block) if block else 1.0 for block in needs]
 
 
 def _effective_experts(load: Tensor) -> float:

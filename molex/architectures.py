@@ -6,6 +6,8 @@ A pattern is a dotted suffix of a module name, each component a shell pattern: "
 An architecture that is not listed needs its targets spelled out; nothing else depends on this table.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -48,6 +50,14 @@ def block_of(name: str) -> str:
     """The transformer block a module name lies in: "model.layers.3.mlp.up_proj" -> "model.layers.3"."""
     parts = name.split(".")
     return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()), "")
+
+
+def by_block(names: Iterable[str]) -> dict[str, list[str]]:
+    """Module names by the block they lie in, in order."""
+    blocks: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        blocks[block_of(name)].append(name)
+    return dict(blocks)
 
 
 def matches(name: str, pattern: str) -> bool:

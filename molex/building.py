@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from molex.allocation import allocate
-from molex.architectures import block_of
+from molex.architectures import block_of, by_block
 from molex.config import MixtureConfig
 from molex.errors import ConfigError
 from molex.experts import ExpertBank, ExpertsConfig, LayerShape
@@ -26,7 +26,7 @@ from molex.routers import Router
 from molex.routers.constant import ConstantRouter
 from molex.routers.scalings import ScalingsConfig
 from molex.state import MixtureState
-from molex.targets import Linears, Targets, by_block, find_targets
+from molex.targets import Linears, Targets, find_targets
 from molex.tokens import find_stacks, stack_of
 
 
@@ -37,7 +37,7 @@ class Builder:
         self.model, self.config = model, config
         self.targets: Targets = find_targets(model, config)
         self.stacks = find_stacks(model)
-        blocks = list(by_block([*self.targets.routed]))
+        blocks = list(by_block(self.targets.routed))
         counts = allocate(len(blocks), config.num_experts, config.allocation)
         self.num_experts = dict(zip(blocks, counts, strict=True))
         self.state = MixtureState(Planner(config.backend), [*self.targets.routed, *self.targets.plain])
@@ -75,7 +75,7 @@ class Builder:
         if not isinstance(self.config.experts, LoRAConfig | DoRAConfig):
             raise ConfigError("scope='ffn' needs experts 'lora' or 'dora'")
         layers: dict[str, MixtureLinear] = {}
-        for block, names in by_block([*self.targets.routed]).items():
+        for block, names in by_block(self.targets.routed).items():
             ffn = find_ffn(block, [(name, self.targets.routed[name]) for name in names])
             with _naming(block):
                 layers.update(self._one_ffn(ffn, self.num_experts[block]))

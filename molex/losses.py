@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molex.architectures import block_of
+from molex.architectures import by_block
 from molex.checks import check_choice, check_range
 from molex.distributed import all_ranks
 from molex.entropy import check_entropy_index, normalised_entropy
@@ -68,7 +68,7 @@ class LoadBalance(Loss):
 
     def __call__(self, trace: Trace) -> Tensor:
         if self.balance_over == "block":
-            terms = [self._one(group) for group in _by_block(trace)]
+            terms = [self._one([trace[name] for name in names]) for names in by_block(trace).values()]
         else:
             groups = _by_num_experts(trace)
             total = sum(len(group) for group in groups)
@@ -235,13 +235,6 @@ class SpecialisationBalance(Loss):
 
 def _zero(trace: Trace) -> Tensor:
     return next(iter(trace.values())).routing.weights.new_zeros(())
-
-
-def _by_block(trace: Trace) -> list[list[Decision]]:
-    groups: dict[str, list[Decision]] = defaultdict(list)
-    for name, decision in trace.items():
-        groups[block_of(name)].append(decision)
-    return list(groups.values())
 
 
 def _by_num_experts(trace: Trace) -> list[list[Decision]]:

@@ -19,10 +19,10 @@ from molex.routing import Decision, Trace
 
 @dataclass(frozen=True)
 class LayerStats:
-    """counts: slots served by each expert (E,); tokens: how many real tokens were routed."""
+    """counts: slots served by each expert (E,); tokens: how many real tokens were routed, where that was counted."""
 
     counts: Tensor
-    tokens: int
+    tokens: int | None = None
 
     @property
     def load(self) -> Tensor:

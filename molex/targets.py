@@ -4,7 +4,6 @@ Heads, Mamba's dt_proj and modules that are not linears are refused by name; a p
 that lists the nearest names.
 """
 
-from collections import defaultdict
 from difflib import get_close_matches
 from typing import NamedTuple
 
@@ -64,14 +63,6 @@ def find_modules(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
         if not any(matches(name, pattern) for name in names):
             raise TargetError(_no_match(pattern, names))
     return [name for name in names if any(matches(name, pattern) for pattern in patterns)]
-
-
-def by_block(names: list[str]) -> dict[str, list[str]]:
-    """Groups module names by transformer block, in order."""
-    blocks: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        blocks[block_of(name)].append(name)
-    return dict(blocks)
 
 
 def _refuse_shared(model: nn.Module, targets: set[str]) -> None:

@@ -105,7 +105,7 @@ def count(config: MixtureConfig) -> int:
 def active_parameters(mixture: Mixture) -> int:
     """Expert and router parameters that one token uses, on average over the last forward."""
     shares = {
-        name: min(1.0, float(stats.counts.sum()) / max(stats.tokens, 1) / mixture.layers[name].experts.num_experts)
+        name: min(1.0, float(stats.counts.sum()) / (stats.tokens or 1) / mixture.layers[name].experts.num_experts)
         for name, stats in mixture.stats().items()
     }
     by_block = {block_of(name): share for name, share in shares.items()}  # a feed-forward block routes once

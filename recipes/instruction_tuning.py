@@ -140,6 +140,8 @@ def plain_value(value: Any) -> Any:
 
 def load_model(mixed: MixtureSettings) -> PreTrainedModel:
     """Under ZeRO-3 it arrives partitioned: the arguments were read before."""
+    if not isinstance(getattr(torch, mixed.dtype, "auto"), torch.dtype) and mixed.dtype != "auto":
+        raise ConfigError(f"--dtype {mixed.dtype}: give auto, or a name such as bfloat16")
     if mixed.model_name_or_path is None:
         return workbench.load_base(torch.float32 if mixed.dtype == "auto" else getattr(torch, mixed.dtype))
     return AutoModelForCausalLM.from_pretrained(
@@ -197,7 +199,7 @@ def generate_example(trainer: MixtureSFTTrainer, tokenizer: PreTrainedTokenizerB
 def prompt_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Token ids (1, S) of what comes before a row's last answer, or of the first half of a plain text."""
     row = maybe_convert_to_chatml(dict(row))
-    messages = row["messages"][:-1] if "messages" in row else row.get("prompt")
+    messages = (row["messages"][:-1] or row["messages"]) if "messages" in row else row.get("prompt")
     if isinstance(messages, list):
         ids = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True, tools=row.get("tools")

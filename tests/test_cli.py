@@ -69,6 +69,12 @@ def test_demo_refuses_a_file_and_no_steps(tmp_path: Path) -> None:
     assert run("demo", "--steps", "0").returncode == 2
 
 
+def test_demo_refuses_a_place_it_cannot_write_to() -> None:
+    result = run("demo", "--out", "/proc/demo", columns=300)
+    assert result.returncode == 1
+    assert "cannot be made a folder" in result.stderr
+
+
 def test_importing_molex_stays_light() -> None:
     code = "import sys, molex; sys.exit('transformers' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -101,7 +101,9 @@ def test_gradcheck(name: str) -> None:
         replaced = dict(zip(parameters, values, strict=True))
         return torch.func.functional_call(router, replaced, (x, context_of(x, case))).gates()
 
-    if gates(x_TD, *parameters.values()).requires_grad:
+    learns = gates(x_TD, *parameters.values()).requires_grad
+    assert learns == (name not in ("constant", "task", "implicit")), "weights without a gradient"
+    if learns:
         assert torch.autograd.gradcheck(gates, (x_TD, *parameters.values()))
 
 

@@ -47,6 +47,8 @@ class SavePretrained:
         push = options.pop("push_to_hub")
         if options.get("distributed_checkpoint"):
             raise ConfigError("a mixture is saved whole; leave distributed_checkpoint out")
+        if options.get("variant"):
+            raise ConfigError("molex.load would not find the base's weights under another name; leave variant out")
         written = self._save(directory, options)
         if push and written:
             push_folder(directory, written, options["token"], extra)

@@ -70,9 +70,12 @@ class Backend(ABC):
         hidden: Tensor | None = None,
     ) -> Tensor:
         """(..., D) -> (..., O). dropped: x after LoRA dropout, where that is on."""
-        y = base(x)
         rows_TD = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
-        return y + self.delta(rows_TD, columns, routing, hidden).view(y.shape).to(y.dtype)
+        return self.add(base(x), rows_TD, columns, routing, hidden)
+
+    def add(self, y: Tensor, rows: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None) -> Tensor:
+        """y (..., O) and what the experts add for rows (T, D)."""
+        return y + self.delta(rows, columns, routing, hidden).view(y.shape).to(y.dtype)
 
     def widen(
         self, x: Tensor, base: nn.Module, columns: Columns, routing: Routing, *, dropped: Tensor | None = None

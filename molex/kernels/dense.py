@@ -8,7 +8,7 @@ moving tokens around, on CPU and GPU alike. Gate gradients of unchosen experts c
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from molex.kernels.base import Backend, backends
 from molex.kernels.columns import Columns
@@ -26,24 +26,12 @@ class Dense(Backend):
     def delta(self, x: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None = None) -> Tensor:
         return expand(gated_hidden(x, columns, routing, hidden), columns)
 
-    def linear(
-        self,
-        x: Tensor,
-        base: nn.Module,
-        columns: Columns,
-        routing: Routing,
-        *,
-        dropped: Tensor | None = None,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        y = base(x)
-        rows_TD = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
-        gated_TC = gated_hidden(rows_TD, columns, routing, hidden)
+    def add(self, y: Tensor, rows: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None) -> Tensor:
         if y.dtype != columns.B.dtype:
-            return y + expand(gated_TC, columns).view(y.shape).to(y.dtype)
+            return super().add(y, rows, columns, routing, hidden)
         # one pass over y and one rounding less than a product and a sum
-        y_TO = torch.addmm(y.reshape(-1, y.shape[-1]), gated_TC.to(y.dtype), columns.B.T)
-        return y_TO.view(y.shape)
+        gated_TC = gated_hidden(rows, columns, routing, hidden).to(y.dtype)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), gated_TC, columns.B.T).view(y.shape)
 
     def widen_delta(self, x: Tensor, columns: Columns, routing: Routing) -> Tensor:
         return expand(gate(columns.shrink(x), slot_gates(routing), columns), columns)

@@ -51,7 +51,7 @@ class RoutingLog:
         return logs
 
     def _layers(self) -> dict[str, LayerStats]:
-        return {name: LayerStats(counts_E.cpu(), 0) for name, counts_E in over_all_ranks(self.counts).items()}
+        return {name: LayerStats(counts_E.cpu()) for name, counts_E in over_all_ranks(self.counts).items()}
 
 
 def _numbers(prefix: str, layers: list[LayerStats]) -> dict[str, float]:

@@ -61,7 +61,6 @@ class Demo:
         self.held_out = dataset(SKILLS, "test", 64 * len(SKILLS))
         self.results: list[Result] = []
         self.experts: dict[str, Factors] = {}
-        out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> list[Result]:
         """All of it; returns one result for each preset."""
@@ -153,6 +152,10 @@ def run_demo(out: Path, console: Console, steps: int) -> list[Result]:
     check_plots()
     if out.is_file():
         raise ConfigError(f"{out} is a file; give a folder to write to")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be made a folder ({error.strerror}); give another one to write to") from error
     results = Demo(out, console, steps).run()
     console.print(f"Written to {out}: results.txt, results.json, losses.png, routing.png, mixtures/")
     broken = [result.preset for result in results if not result.reloaded]

@@ -55,7 +55,6 @@ TRANSFORMATIONS = {
     "opposite": ("9075", "0924"),
     "parity": ("9075", "oeoo"),
     "order": ("9075", "0579"),
-  
     "join": ("ab cde", "abcde"),
     "exchange": ("ab cde", "cde ab"),
     "title": ("ab cde", "Ab Cde"),
