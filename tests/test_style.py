@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,49 @@ def test_core_does_not_import_upwards() -> None:
     for path in (ROOT / "molex").rglob("*.py"):
         for line in path.read_text().splitlines():
             assert not re.match(r"\s*(from|import) (recipes|benchmarks|molex_serve)\b", line), f"{path}: {line}"
+
+
+# what may be imported, from the ground up; a folder stands for its files
+FLOORS = (
+    ("errors", "checks", "registry", "exact", "entropy", "architectures", "distributed", "linears"),
+    ("routing", "stats"),
+    ("tokens", "losses", "routers", "kernels", "allocation"),
+    ("state", "experts"),
+    ("layer", "config"),
+    ("ffn", "library", "presets", "model_scope", "hooks", "targets"),
+    ("mixture", "building"),
+    ("io",),
+    ("surgery",),
+    ("training",),
+    ("workbench",),
+    ("cli",),
+)
+
+
+def floor(module: str) -> int:
+    return next(number for number, names in enumerate(FLOORS) if module in names)
+
+
+def test_imports_point_down() -> None:
+    """At the top of a file; `io.loading` converts and `mixture.save` writes, which are the two ways round."""
+    for path in (ROOT / "molex").rglob("*.py"):
+        parts = path.relative_to(ROOT / "molex").with_suffix("").parts
+        if parts[0] in ("__init__", "__main__") or parts == ("io", "loading"):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("molex."):
+                used = str(node.module).split(".")[1]
+                assert floor(used) <= floor(parts[0]), f"{path.relative_to(ROOT)} imports {node.module}"
+
+
+def test_functions_are_short() -> None:
+    lengths = [
+        (node.end_lineno or 0) - node.lineno + 1
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert statistics.median(lengths) < 15
 
 
 def test_nothing_unsafe_or_unfinished_is_in_the_sources() -> None:

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from molex.checks import listed
-from molex.errors import StateError
+from molex.errors import CheckpointError, StateError
 from molex.io.card import write_card
-from molex.io.files import staged, write_json
+from molex.io.files import read_json, staged, write_json
 from molex.io.record import CONFIG_FILE, TENSOR_FILE, digest, record_of
 from molex.mixture import Mixture
 
@@ -34,7 +34,7 @@ def save(
     if not is_main_process:
         return
     with staged(Path(directory)) as scratch:
-        write_mixture(mixture, tensors, scratch, Path(directory))
+        write_mixture(mixture, tensors, scratch, Path(directory), included=holds_base(Path(directory)))
 
 
 def write_mixture(
@@ -47,6 +47,15 @@ def write_mixture(
     save_file(dict(tensors), scratch / TENSOR_FILE, metadata={"molex": digest(document)})
     write_json(scratch / CONFIG_FILE, document)
     write_card(record, scratch, directory)
+
+
+def holds_base(directory: Path) -> bool:
+    """Whether an earlier `model.save_pretrained` put the base there."""
+    try:
+        earlier = read_json(directory / CONFIG_FILE).get("base")
+    except CheckpointError:  # nothing there, or nothing that can be read
+        return False
+    return isinstance(earlier, dict) and earlier.get("included") is True and (directory / "config.json").is_file()
 
 
 def gather(mixture: Mixture, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

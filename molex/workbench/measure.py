@@ -79,7 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--together", action="store_true", help="one adapter for all skills")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--test", type=int, default=100, help="held-out questions per skill")
     parser.add_argument("--seed", type=int, default=0)

@@ -87,6 +87,20 @@ def test_shards_and_what_an_earlier_save_left(tmp_path: Path) -> None:
     assert torch.equal(logits(molex.load(tmp_path)), logits(mixture))
 
 
+def test_a_later_save_of_the_mixture_alone_still_finds_the_base_there(tmp_path: Path) -> None:
+    mixture = of_preset("lora")
+    mixture.model.save_pretrained(tmp_path)
+    scrambled(mixture)
+    mixture.save(tmp_path)
+    assert torch.equal(logits(molex.load(tmp_path)), logits(mixture))
+
+
+def test_a_base_under_another_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave variant out"):
+        of_preset("lora").model.save_pretrained(tmp_path / "out", variant="fp16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_deep_copy_saves_its_own_weights(tmp_path: Path) -> None:
     mixture = of_preset("mixlora")
     mixture.model(**batch_for(mixture.model)).loss.backward()
