@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import ParallelMode
 
 from molex.errors import ConfigError
 from molex.io.checkpoint import load_into
@@ -40,7 +42,8 @@ else:
 class MixtureTrainerMixin(Trainer):
     """Put it before a `transformers.Trainer` child whose model is a mixture.
 
-    Raises StateError on a model that is not converted, ConfigError on re-entrant checkpointing and nn.DataParallel.
+    Raises StateError on a model that is not converted, ConfigError on re-entrant checkpointing, nn.DataParallel and
+    processes that do not know of each other.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -195,6 +198,11 @@ def _check(args: TrainingArguments) -> None:
                 f"{name} asks for re-entrant checkpointing, which corrupts router gradients; "
                 "set 'use_reentrant' to False or leave it out"
             )
+    together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if together and args.parallel_mode == ParallelMode.NOT_PARALLEL:
+        raise ConfigError(
+            f"{dist.get_world_size()} processes run, and accelerate has each of them train alone; on CPUs: use_cpu=True"
+        )
     if args.n_gpu > 1:
         raise ConfigError(
             f"{args.n_gpu} GPUs in one process train by nn.DataParallel, whose replicas share one routing record; "

@@ -29,8 +29,19 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
     return _run("recipes/instruction_tuning.py --preset mixlora", 1, tmp_path_factory.mktemp("alone"))
 
 
-@needs_deepspeed
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-10:-5])
+STRATEGIES = [
+    *(pytest.param(command, id=command[-10:-5], marks=needs_deepspeed) for command in COMMANDS),
+    pytest.param("recipes/instruction_tuning.py --preset mixlora --use_cpu true", id="ddp"),
+]
+
+
+def test_processes_that_would_train_alone_are_refused(tmp_path: Path) -> None:
+    """Where accelerate finds no GPU and is not told of the CPU, each process would go its own way."""
+    with pytest.raises(AssertionError, match="2 processes run, and accelerate has each of them train alone"):
+        _run("recipes/instruction_tuning.py --preset mixlora", 2, tmp_path)
+
+
+@pytest.mark.parametrize("command", STRATEGIES)
 def test_losses_are_those_of_one_process(command: str, alone: list[dict[str, float]], tmp_path: Path) -> None:
     logs = _run(command, 2, tmp_path)
     assert len(logs) == len(alone) == 3
