@@ -36,7 +36,10 @@ class MixtureState:
         self.unseen = set(layer_names)
         self._traced: set[str] = set()  # the stacks whose layers the trace holds
         self._graded: set[str] = set()  # the layers that ran with gradients
-        self._reached: dict[str, Decision] | None = None  # the trace of the forward whose backward runs
+        self._contexts: dict[str, RouteContext] = {}  # what each layer of the traced forward knew
+        self._reached: tuple[dict[str, RouteContext], dict[str, Routing]] | None = (
+            None  # of the forward gone back through
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MixtureState":
         """A copy without the tensors of the last forward, which autograd would refuse to copy."""
@@ -78,7 +81,7 @@ class MixtureState:
         if stack == "decoder" and self._traced == {"encoder"}:
             self._traced.add(stack)
             return
-        self.trace, self._traced = {}, {stack}
+        self.trace, self._contexts, self._traced = {}, {}, {stack}
         if torch.is_grad_enabled():
             self._graded.clear()
         if self.steps is not None:
@@ -90,18 +93,19 @@ class MixtureState:
         """
         if not self.enabled or not output.requires_grad or torch.compiler.is_compiling():
             return
-        trace = self.trace
+        # never the trace: it holds tensors that are marked, and a hook that holds its own tensor is never freed
+        forward = (self._contexts, self.assigned)
 
         def reach(grad: Tensor) -> None:
-            self._reached = trace
+            self._reached = forward
 
         output.register_hook(reach)
 
-    def _recomputed(self, layer: str) -> Decision | None:
-        """What was decided in the forward that is now recomputed; None outside of recomputation."""
+    def _recomputed(self, layer: str) -> RouteContext | None:
+        """What a layer knew in the forward that is now recomputed; None outside of recomputation."""
         if not _recomputes():
             return None
-        return (self.trace if self._reached is None else self._reached).get(layer)
+        return (self._contexts if self._reached is None else self._reached[0]).get(layer)
 
     def context(self, layer: str, stack: str, x: Tensor, training: bool) -> RouteContext:
         """What the router of a layer may know about its input x (..., D). Recomputation sees what forward saw.
@@ -110,7 +114,7 @@ class MixtureState:
         """
         num_tokens = x.shape[:-1].numel()
         earlier = self._recomputed(layer)
-        context = self._current(layer, stack, x, training) if earlier is None else earlier.context
+        context = self._current(layer, stack, x, training) if earlier is None else earlier
         if context.shape[0] * context.shape[1] != num_tokens:
             raise StateError(f"{layer} received {num_tokens} tokens, the model's call has {context.shape}")
         return context
@@ -137,8 +141,7 @@ class MixtureState:
 
     def decided(self, layer: str) -> Routing:
         """What the model-scope router decided for a layer; recomputation sees what forward saw."""
-        earlier = self._recomputed(layer)
-        return self.assigned[layer] if earlier is None else earlier.routing
+        return (self._reached[1] if _recomputes() and self._reached is not None else self.assigned)[layer]
 
     def requested(self, context: RouteContext, num_experts: int, num_heads: int, x: Tensor) -> Routing | None:
         """The routing a caller asked for, if any: one expert at weight 1 for each sequence, alike in every head.
@@ -163,7 +166,8 @@ class MixtureState:
             self._graded.add(context.layer)
         if torch.is_grad_enabled() or not context.training:
             self.trace[context.layer] = Decision(routing, context)
-            if routing.logits is not None:
+            self._contexts[context.layer] = context
+            if routing.logits is not None and not self.assigned:  # what a head decided is not recomputed
                 self.mark(routing.logits)
 
     def _check_recomputation(self, layer: str) -> None:

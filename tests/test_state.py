@@ -1,5 +1,7 @@
 """What stays of a forward, and for whom: traces, copies, interleaved models, recomputation, compilation."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from copy import deepcopy
 
@@ -95,6 +97,30 @@ def test_two_mixtures_interleaved() -> None:
         assert torch.equal(ours.model(short).logits, expected)
     assert contexts(ours)[0].shape == (1, 2)
     assert contexts(theirs)[0].shape == (3, 4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", ["mola", "mixlora", "xlora", "mtlora"])
+def test_a_forwards_tensors_go_with_it(method: str, checkpointing: bool) -> None:
+    """Hooks on a tensor keep what they hold as long as it lives, past the garbage collector's sight."""
+    mixture = mixture_of(method=method)
+    model = mixture.model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    mixture.set_tasks([0, 1])
+
+    def step() -> list[weakref.ref[Tensor]]:
+        loss = model(**batch_for(model)).loss + mixture.aux_loss()
+        loss.backward()
+        mixture.step()
+        decisions = mixture.state.trace.values()
+        return [weakref.ref(t) for d in decisions for t in (d.routing.weights, d.routing.logits) if t is not None]
+
+    earlier = step()
+    step()
+    gc.collect()
+    assert earlier
+    assert not any(reference() is not None for reference in earlier)
 
 
 # checkpointing
