@@ -3,7 +3,8 @@ transformer block they lie in.
 
 Presets name roles ("attention", "ffn", "ssm", "all"); this table says what they are called in each architecture.
 A pattern is a dotted suffix of a module name, each component a shell pattern: "q_proj", "layer.*.output.dense".
-An architecture that is not listed needs its targets spelled out; nothing else depends on this table.
+In an architecture that is not listed, "all" goes by shape and other targets are spelled out; nothing else depends on
+this table.
 """
 
 from collections import defaultdict

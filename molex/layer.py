@@ -64,7 +64,7 @@ class MixtureLinear(nn.Module):
     def route(self, x: Tensor, activations: Tensor | None) -> Routing:
         """Decides for x (..., D) and records the decision. activations (T, C): A x, for routers that read it."""
         context = self.state.context(self.name, self.stack, x, self.training)
-        routing = self.state.requested(context, self.experts.num_experts, self.experts.num_heads, x)
+        routing = self.state.requested(context, self.experts.num_experts, x)
         if routing is None:
             routing = self.decide(x, dataclasses.replace(context, activations=activations))
         self.state.record(routing, context)

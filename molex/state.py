@@ -143,19 +143,17 @@ class MixtureState:
         """What the model-scope router decided for a layer; recomputation sees what forward saw."""
         return (self._reached[1] if _recomputes() and self._reached is not None else self.assigned)[layer]
 
-    def requested(self, context: RouteContext, num_experts: int, num_heads: int, x: Tensor) -> Routing | None:
-        """The routing a caller asked for, if any: one expert at weight 1 for each sequence, alike in every head.
+    def requested(self, context: RouteContext, num_experts: int, x: Tensor) -> Routing | None:
+        """The routing a caller asked for, if any: one expert at weight 1 for each sequence.
 
         A layer of one expert has it at work for whoever asks for any.
         """
-        ids_T = context.request_ids
-        if ids_T is None:
+        if context.request_ids is None:
             return None
-        ids_T = ids_T.clamp(max=0) if num_experts == 1 else ids_T
-        ids_TK = ids_T[:, None] + num_experts * torch.arange(num_heads, device=x.device)
-        ids_TK = ids_TK.where(ids_T[:, None] >= 0, -1)
-        weights_TK = (ids_TK >= 0).to(torch.promote_types(x.dtype, torch.float32))
-        return Routing(ids_TK, weights_TK, None, num_experts * num_heads)
+        ids_T1 = context.request_ids[:, None]
+        ids_T1 = ids_T1.clamp(max=0) if num_experts == 1 else ids_T1
+        weights_T1 = (ids_T1 >= 0).to(torch.promote_types(x.dtype, torch.float32))
+        return Routing(ids_T1, weights_T1, None, num_experts)
 
     def record(self, routing: Routing, context: RouteContext) -> None:
         """Keeps a layer's decision; a no_grad forward in training mode and recomputation leave no trace."""
