@@ -5,6 +5,7 @@ never called. A state-space mixer is kept off its fused path. Hooks are objects,
 model calls the copy's state.
 """
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from molex.errors import StateError, TargetError
+from molex.layer import MixtureLinear
 from molex.state import MixtureState
 from molex.tokens import Stack, bound_arguments
+
+logger = logging.getLogger("molex")
 
 
 def watch_calls(model: nn.Module, stacks: tuple[Stack, ...], state: MixtureState) -> list[RemovableHandle]:
@@ -40,6 +44,31 @@ def refuse_base_names(model: nn.Module, layers: Iterable[str]) -> RemovableHandl
     """Has `model.load_state_dict` refuse a base's weights: not strict, as stock trainers call it when they resume, it
     would skip every converted layer and leave its experts as they are."""
     return model.register_load_state_dict_pre_hook(_BaseNames(layers))
+
+
+def tell_of_empty_slots(stack: Stack, layers: Mapping[str, MixtureLinear]) -> RemovableHandle:
+    """Warns at the first forward in training of frozen experts that nobody has loaded."""
+    return stack.module.register_forward_pre_hook(_EmptySlots(layers))
+
+
+class _EmptySlots:
+    """A router over experts that are zero and stay so learns nothing, without any other sign."""
+
+    def __init__(self, layers: Mapping[str, MixtureLinear]):
+        self.layers, self.told = layers, False
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if self.told or not module.training:
+            return
+        self.told = True
+        names = max((layer.experts.names for layer in self.layers.values()), key=len)
+        empty = [name for number, name in enumerate(names) if name == str(number)]
+        if empty:
+            logger.warning(
+                "experts %s are frozen and were never loaded, so they add nothing: call mixture.load_expert first, or "
+                "convert with train_experts=True",
+                ", ".join(empty),
+            )
 
 
 class _BaseNames:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from molex.building import Builder
 from molex.config import MixtureConfig
 from molex.errors import ConfigError, StateError, TargetError
-from molex.hooks import leave_fused_paths, refuse_base_names, watch_calls
+from molex.hooks import leave_fused_paths, refuse_base_names, tell_of_empty_slots, watch_calls
 from molex.io.pretrained import SavePretrained
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
@@ -37,6 +37,8 @@ def convert(model: nn.Module, config: MixtureConfig) -> Mixture:
         model.add_module("molex", builder.shared.train(model.training))
     mixture.hooks = watch_calls(model, builder.stacks, builder.state) + leave_fused_paths(model, layers)
     mixture.hooks.append(refuse_base_names(model, layers))
+    if not config.train_experts:
+        mixture.hooks.append(tell_of_empty_slots(builder.stacks[-1], layers))
     if config.router.model_scope:
         decided = {name: layer for name, layer in layers.items() if layer.router is None}
         two_pass = TwoPass(builder.state, builder.shared["router"], decided)  # type: ignore[arg-type]

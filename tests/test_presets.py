@@ -598,6 +598,20 @@ def test_arrow_routes_nobody_to_what_is_not_loaded() -> None:
     assert float(mixture.state.trace[lacking].routing.gates().abs().sum()) == 0
 
 
+def test_training_a_router_over_empty_slots_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    mixture = molex.convert(tiny("llama"), config_of("meteora", num_experts=3))
+    shapes = {name: (layer.in_features, layer.out_features) for name, layer in mixture.layers.items()}
+    mixture.set_tasks([0, 1])
+    law = {n: molex.LoRA(torch.ones(4, num_in), torch.ones(num_out, 4), 1.0) for n, (num_in, num_out) in shapes.items()}
+    mixture.load_expert(1, "law", law)
+    mixture.model.eval()(**_inputs())
+    assert not caplog.records
+    mixture.model.train()
+    for _ in range(2):
+        mixture.model(**_inputs())
+    assert [record.message[:50] for record in caplog.records] == ["experts 0, 2 are frozen and were never loaded, so "]
+
+
 @pytest.mark.parametrize("name", ["mola", "mixlora", "mos", "hydralora", "poly"])
 def test_frozen_experts_are_frozen_everywhere(name: str) -> None:
     mixture = molex.convert(tiny("llama"), config_of(name, train_experts=False))
