@@ -91,7 +91,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "json of another kind": (lambda f: (f / CONFIG).write_text("[1]"), f"{CONFIG} is damaged: it holds a list"),
     "not text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), f"{CONFIG} is damaged, it is not JSON"),
     "no json": (lambda f: (f / CONFIG).unlink(), f"has no {CONFIG}: it was not written by mixture.save"),
-    "a PEFT adapter": (peft_folder, "is a PEFT adapter, one expert and no mixture"),
+    "a PEFT adapter": (peft_folder, "is a PEFT adapter, no mixture; mixture.load_expert takes"),
     "newer format": (
         lambda f: change_config(f, lambda d: d.update(format_version=9, molex_version="7.0")),
         r"of format 9, written by molex 7\.0; .* upgrade molex",
