@@ -7,11 +7,14 @@ changed.
 import logging
 from collections.abc import Mapping
 
+from molex.architectures import block_of
 from molex.config import MixtureConfig
+from molex.distributed import num_elements
 from molex.errors import ConfigError, TargetError
 from molex.experts import LoRA
 from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
+from molex.stats import LayerStats
 
 logger = logging.getLogger("molex")
 
@@ -72,6 +75,21 @@ def factors_of(layers: Layers, expert_id: int) -> Factors:
             raise ConfigError(f"{name}: {error}") from error
         found[name] = LoRA(A_RD.detach().clone(), B_OR.detach().clone(), scale)
     return found
+
+
+def active_parameters(layers: Layers, stats: Mapping[str, LayerStats]) -> float:
+    """Parameters of the layers' experts and routers that one token used, on average, by a forward's statistics."""
+    shares = {
+        name: min(1.0, float(layer.counts.sum()) / max(layer.tokens or 0, 1) / layers[name].experts.num_experts)
+        for name, layer in stats.items()
+    }
+    of_block = {block_of(name): share for name, share in shares.items()}  # a feed-forward block routes once
+    total = 0.0
+    for name, layer in layers.items():
+        share = 1.0 if layer.experts.num_experts == 1 else shares.get(name, of_block.get(block_of(name), 1.0))
+        total += share * layer.experts.num_parameters()
+        total += 0 if layer.router is None else sum(num_elements(p) for p in layer.router.parameters())
+    return total
 
 
 def grow(layers: Layers, config: MixtureConfig, num_experts: int) -> None:

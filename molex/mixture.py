@@ -71,6 +71,12 @@ class Mixture:
             "base": total - stored,
         }
 
+    def active_parameters(self) -> int:
+        """Parameters of experts and routers that one token used, on average over the last forward."""
+        self._check_alive()
+        head = sum(num_elements(p) for n, p in self.model.named_parameters() if n.startswith("molex.router."))
+        return head + round(library.active_parameters(self.layers, self.stats()))
+
     def owns(self, name: str) -> bool:
         """Whether a parameter or buffer of the model belongs to the mixture, by its name in the model."""
         if name.startswith("molex."):

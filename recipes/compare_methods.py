@@ -11,10 +11,11 @@ The papers' claims that this bench can test are rows too: MoLA's shapes, DynMoLE
 (SMoRA) against blocks of ranks; and what is lost when models trained on one skill each are averaged (FlyLoRA, LoRA).
 
 Every cell is one JSON file under --out/cells; a cell that exists is not run again, so the command can be stopped and
-resumed. The table and the plot are made from the cells there are.
+resumed, and several may share a folder with --rows of their own. Table and plot are made from the cells there are.
 """
 
 import json
+import re
 import time
 from bisect import bisect_left
 from collections.abc import Callable
@@ -26,7 +27,6 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, LlamaForCausalLM
 
-from molex.architectures import block_of
 from molex.config import MixtureConfig
 from molex.errors import ConfigError
 from molex.io.loading import load
@@ -102,21 +102,6 @@ def count(config: MixtureConfig) -> int:
         return convert(LlamaForCausalLM(base_config()), config).num_parameters()["trainable"]
 
 
-def active_parameters(mixture: Mixture) -> int:
-    """Expert and router parameters that one token uses, on average over the last forward."""
-    shares = {
-        name: min(1.0, float(stats.counts.sum()) / (stats.tokens or 1) / mixture.layers[name].experts.num_experts)
-        for name, stats in mixture.stats().items()
-    }
-    by_block = {block_of(name): share for name, share in shares.items()}  # a feed-forward block routes once
-    total = 0.0
-    for name, layer in mixture.layers.items():
-        share = 1.0 if layer.experts.num_experts == 1 else shares.get(name, by_block.get(block_of(name), 1.0))
-        total += share * sum(p.numel() for p in layer.experts.parameters())
-        total += sum(p.numel() for p in layer.router.parameters()) if layer.router is not None else 0
-    return round(total)
-
-
 @dataclass(frozen=True)
 class Bench:
     """The data of one comparison, and how a mixture is trained and scored on it."""
@@ -130,7 +115,7 @@ class Bench:
         a = self.arguments
         return (
             f"Exact match on {a.test} test questions a skill ({', '.join(self.names)}), trained at most {a.steps} "
-            f"steps, about {a.budget:,} trainable parameters, learning rates tried: {a.learning_rates}."
+            f"steps, about {a.budget:,} trainable parameters, each row at the best of the learning rates tried for it."
         )
 
     def fit(self, mixture: Mixture, learning_rate: float, seed: int, steps: int) -> list[float]:
@@ -186,7 +171,7 @@ class Bench:
         return {
             "validation": validation or [self.score(mixture, "validation", 40)],
             "test": self.score(mixture, "test", self.arguments.test),
-            "active": active_parameters(mixture),
+            "active": mixture.active_parameters(),
             "seconds": time.monotonic() - started,
             **mixture.num_parameters(),
         }
@@ -240,23 +225,37 @@ def same_comparison(out: Path, arguments: Arguments) -> None:
         raise ConfigError(f"{out} holds cells of {found}, not of {wanted}; choose another --out")
 
 
-def run_row(bench: Bench, name: str) -> list[dict[str, Any]]:
-    """A row's seeds at its best learning rate; the first entry also knows which."""
+def run_row(bench: Bench, name: str) -> None:
+    """All rates on the first seed, then the other seeds at the best of them."""
     rates = [float(rate) for rate in bench.arguments.learning_rates.split(",")]
     if name == "arrow":
         rates = rates[:1]
     tried = {r: run_cell(bench.out, f"{name} lr {r} seed 0", lambda r=r: bench.row(name, r, 0)) for r in rates}
     best = max(rates, key=lambda rate: max(tried[rate]["validation"]))
-    later = range(1, bench.arguments.seeds)
-    more = [run_cell(bench.out, f"{name} lr {best} seed {s}", lambda s=s: bench.row(name, best, s)) for s in later]
-    return [{"rate": best, **tried[best]}, *more]
+    for seed in range(1, bench.arguments.seeds):
+        run_cell(bench.out, f"{name} lr {best} seed {seed}", lambda seed=seed: bench.row(name, best, seed))
+
+
+def rows_of(out: Path) -> dict[str, list[dict[str, Any]]]:
+    """The cells there are, by row: those of its best rate on the first seed's validation, seed by seed."""
+    found: dict[str, dict[float, dict[int, dict[str, Any]]]] = {}
+    for path in (out / "cells").glob("*.json"):
+        record = json.loads(path.read_text())
+        if match := re.fullmatch(r"(.+) lr (\S+) seed (\d+)", record["cell"]):
+            found.setdefault(match[1], {}).setdefault(float(match[2]), {})[int(match[3])] = record
+    rows = {}
+    for name, by_rate in found.items():
+        tried = {rate: max(seeds[0]["validation"]) for rate, seeds in by_rate.items() if 0 in seeds}
+        best = max(tried, key=lambda rate: tried[rate])
+        rows[name] = [{"rate": best, "tried": len(tried), **seeds} for _, seeds in sorted(by_rate[best].items())]
+    return rows
 
 
 def table(rows: dict[str, list[dict[str, Any]]], oracle: float) -> str:
     """The rows as a Markdown table, best first."""
     lines = [
-        "| row | test exact match | seeds | learning rate | stored | trainable | active |",
-        "|---|---|---|---|---|---|---|",
+        "| row | test exact match | seeds | learning rate | of | stored | trainable | active |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, cells in sorted(rows.items(), key=lambda item: -fmean(cell["test"] for cell in item[1])):
         scores = [cell["test"] for cell in cells]
@@ -264,7 +263,8 @@ def table(rows: dict[str, list[dict[str, Any]]], oracle: float) -> str:
         failed = " (did not learn)" if fmean(scores) < oracle / 2 else ""
         first = cells[0]
         counts = " | ".join(f"{first[key]:,}" for key in ("stored", "trainable", "active"))
-        lines.append(f"| {name} | {fmean(scores):.3f}{spread}{failed} | {len(scores)} | {first['rate']:g} | {counts} |")
+        rate = f"{first['rate']:g} | {first['tried']}"
+        lines.append(f"| {name} | {fmean(scores):.3f}{spread}{failed} | {len(scores)} | {rate} | {counts} |")
     return "\n".join(lines)
 
 
@@ -277,9 +277,9 @@ def main() -> None:
     same_comparison(bench.out, arguments)
     oracles = [run_cell(bench.out, f"oracle {skill}", lambda skill=skill: bench.oracle(skill)) for skill in names]
     oracle = fmean(cell["test"] for cell in oracles)
-    rows: dict[str, list[dict[str, Any]]] = {}
     for name in wanted:
-        rows[name] = run_row(bench, name)
+        run_row(bench, name)
+        rows = rows_of(bench.out)
         text = f"{bench.title()} Single-skill oracle: {oracle:.3f}.\n\n{table(rows, oracle)}\n"
         (bench.out / "table.md").write_text(text)
         bars({n: [c["test"] for c in cells] for n, cells in rows.items()}, bench.out / "table.png", oracle)

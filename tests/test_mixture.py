@@ -187,6 +187,26 @@ def test_an_expert_by_number_or_by_a_name_twice() -> None:
         mixture.load_expert(1, "law", mixture.factors(1))
 
 
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        ("lora", {}),
+        ("mola", {"top_k": 1}),
+        ("mixlora", {"top_k": 1}),
+        ("xlora", {}),
+        ("mos", {"rank": 2, "pool_rank": 3}),
+    ],
+)
+def test_active_parameters_are_what_one_token_uses(method: str, overrides: dict[str, Any]) -> None:
+    mixture = mixture_of(method=method, **({"num_experts": 1} if method in ("lora", "mos") else {}), **overrides)
+    mixture.model(torch.full((2, 3), 5))
+    expected = sum(p.numel() for n, p in mixture.model.named_parameters() if mixture.owns(n) and "router." in n)
+    for layer in mixture.layers.values():
+        used = 1 if method in ("mola", "mixlora") else layer.experts.num_experts
+        expected += used * layer.experts.ranks[0] * (layer.in_features + layer.out_features)
+    assert mixture.active_parameters() == expected
+
+
 def test_using_changes_nothing_where_it_is_refused() -> None:
     mixture = mixture_of(method="mtlora")
     with pytest.raises(ConfigError, match="no expert 'nope'"), mixture.using(tasks=[0], adapters="nope"):

@@ -15,6 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from molex.distributed import num_elements
 from molex.errors import ConfigError
 from molex.exact import Exact
 from molex.kernels import Form, Planner
@@ -82,6 +83,10 @@ class ExpertBank(Exact, ABC):
     @abstractmethod
     def store(self, expert_id: int, A: Tensor, B: Tensor) -> None:
         """Copies the factors of a LoRA that `check_expert` accepted into place."""
+
+    def num_parameters(self) -> int:
+        """How many numbers all of its experts are made of."""
+        return sum(num_elements(parameter) for parameter in self.parameters())
 
     def materialize(self, expert_id: int) -> Tensor:
         """What one expert adds to the base weight at weight 1: (O, D), float32 or wider."""

@@ -119,6 +119,9 @@ class ShardBank(ExpertBank):
         self.check_id(expert_id)
         return LoRA(*self.columns().expert(expert_id), float(self.scale[expert_id]))
 
+    def num_parameters(self) -> int:
+        return self.ranks[0] * (self.in_features + self.out_features)
+
     def check_expert(self, expert_id: int, lora: LoRA) -> None:
         self.store(expert_id, lora.A, lora.B)
 
