@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from molex.errors import StateError, TargetError
 from molex.layer import MixtureLinear
+from molex.library import expert_names
 from molex.state import MixtureState
 from molex.tokens import Stack, bound_arguments
 
@@ -61,8 +62,7 @@ class _EmptySlots:
         if self.told or not module.training:
             return
         self.told = True
-        names = max((layer.experts.names for layer in self.layers.values()), key=len)
-        empty = [name for number, name in enumerate(names) if name == str(number)]
+        empty = [name for number, name in enumerate(expert_names(self.layers)) if name == str(number)]
         if empty:
             logger.warning(
                 "experts %s are frozen and were never loaded, so they add nothing: call mixture.load_expert first, or "
