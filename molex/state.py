@@ -37,9 +37,8 @@ class MixtureState:
         self._traced: set[str] = set()  # the stacks whose layers the trace holds
         self._graded: set[str] = set()  # the layers that ran with gradients
         self._contexts: dict[str, RouteContext] = {}  # what each layer of the traced forward knew
-        self._reached: tuple[dict[str, RouteContext], dict[str, Routing]] | None = (
-            None  # of the forward gone back through
-        )
+        # contexts and assigned routings of the forward that backward has come to
+        self._reached: tuple[dict[str, RouteContext], dict[str, Routing]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MixtureState":
         """A copy without the tensors of the last forward, which autograd would refuse to copy."""

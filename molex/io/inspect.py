@@ -64,9 +64,9 @@ def describe(path: str | Path) -> Description:
     if (folder / _ADAPTER_CONFIG).is_file() and not (folder / CONFIG_FILE).is_file():
         try:
             return _describe_adapter(folder)
+        except CheckpointError:
+            raise
         except (TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"{folder / _ADAPTER_CONFIG} has a value of a wrong kind: {error}") from error
     record = read_record(folder)
     headers, _ = read_headers(folder / TENSOR_FILE)
