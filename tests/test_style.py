@@ -48,8 +48,11 @@ FLOORS = (
     ("mixture", "building"),
     ("io",),
     ("surgery",),
+    ("merging",),
     ("training",),
+    ("evaluation",),
     ("workbench",),
+    ("commands",),
     ("cli",),
 )
 

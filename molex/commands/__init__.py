@@ -1,0 +1,1 @@
+"""The subcommands of `molex`, one file each; `molex.cli` puts them on the command line."""
