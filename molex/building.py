@@ -4,7 +4,7 @@ A linear-scope layer is a base, a bank and a router. A feed-forward block shares
 holds the router. What decides for the whole model, or lies in pools that layers share, is in `shared`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -31,15 +31,18 @@ from molex.tokens import find_stacks, stack_of
 
 
 class Builder:
-    """`build()` gives the layers in the model's order; state, stacks, targets and `shared` belong to them."""
+    """`build()` gives the layers in the model's order; state, stacks, targets and `shared` belong to them.
 
-    def __init__(self, model: nn.Module, config: MixtureConfig):
+    ranks: of each expert, in layers where they are not what the configuration says."""
+
+    def __init__(self, model: nn.Module, config: MixtureConfig, ranks: Mapping[str, tuple[int, ...]]):
         self.model, self.config = model, config
         self.targets: Targets = find_targets(model, config)
         self.stacks = find_stacks(model)
         blocks = list(by_block(self.targets.routed))
         counts = allocate(len(blocks), config.num_experts, config.allocation)
         self.num_experts = dict(zip(blocks, counts, strict=True))
+        self.ranks = ranks
         self.state = MixtureState(Planner(config.backend), [*self.targets.routed, *self.targets.plain])
         self.shared = nn.ModuleDict()
 
@@ -47,14 +50,14 @@ class Builder:
         """Raises TargetError and ConfigError where the configuration does not fit the model, naming the layer."""
         router = self.config.router
         if router.model_scope:
-            check_model_scope(self.config.scope, self.stacks, set(self.num_experts.values()))
+            check_model_scope(self.config.scope, self.stacks, {len(self._ranks(name)) for name in self.targets.routed})
         layers = self._ffn_layers() if self.config.scope == "ffn" else self._linear_layers()
         layers |= {name: self._plain_layer(name, base) for name, base in self.targets.plain.items()}
         if isinstance(self.config.experts, ShardsConfig):
             self.shared["pools"] = self._pools(self.targets.routed, layers, self.config.experts)
             self.shared["pools"].requires_grad_(self.config.train_experts)
         if isinstance(router, ScalingsConfig):
-            experts = next(iter(self.num_experts.values()))
+            experts = len(self._ranks(next(iter(self.targets.routed))))
             self.shared["router"] = build_head(self.model, router, [*self.targets.routed.values()], experts)
         return {name: layers[name] for name, _ in self.model.named_modules() if name in layers}
 
@@ -62,7 +65,7 @@ class Builder:
         layers = {}
         for name, base in self.targets.routed.items():
             with _naming(name):
-                shape = self._shape(name, base, self.num_experts[block_of(name)])
+                shape = self._shape(name, base, self._ranks(name))
                 bank, router = self._bank(shape), self._router(shape)
                 if router is not None:
                     _check_pair(router, bank)
@@ -78,14 +81,14 @@ class Builder:
         for block, names in by_block(self.targets.routed).items():
             ffn = find_ffn(block, [(name, self.targets.routed[name]) for name in names])
             with _naming(block):
-                layers.update(self._one_ffn(ffn, self.num_experts[block]))
+                layers.update(self._one_ffn(ffn))
         return layers
 
-    def _one_ffn(self, ffn: FFN, num_experts: int) -> dict[str, MixtureLinear]:
+    def _one_ffn(self, ffn: FFN) -> dict[str, MixtureLinear]:
         layers: dict[str, MixtureLinear] = {}
         leader: WidenLinear | None = None
         for name in ffn.widen:
-            shape = self._shape(name, self.targets.routed[name], num_experts)
+            shape = self._shape(name, self.targets.routed[name], self._ranks(name))
             bank, router = self._bank(shape), self._router(shape) if leader is None else None
             if router is not None:
                 if router.needs_activations:
@@ -96,7 +99,7 @@ class Builder:
             leader = leader or layer
             layers[name] = layer
         assert leader is not None
-        shape = self._shape(ffn.narrow, self.targets.routed[ffn.narrow], num_experts)
+        shape = self._shape(ffn.narrow, self.targets.routed[ffn.narrow], self._ranks(ffn.narrow))
         bank = self._bank(shape)
         layers[ffn.narrow] = NarrowLinear(ffn.narrow, leader.stack, shape.base, bank, self.state, leader)
         return layers
@@ -107,13 +110,13 @@ class Builder:
             for setting in ("rank", "alpha"):
                 if isinstance(getattr(self.config, setting), tuple):
                     raise ConfigError(f"{setting} is a list for experts, here is one LoRA: set plain_targets=()")
-            bank = self._bank(self._shape(name, base, 1), kind)
+            bank = self._bank(self._shape(name, base, self.ranks.get(name, self.config.ranks(1))), kind)
         layer = MixtureLinear(name, stack_of(self.stacks, name), base, bank, ConstantRouter(1), self.state)
         layer.plain = True
         return layer
 
     def _pools(self, routed: Linears, layers: dict[str, MixtureLinear], config: ShardsConfig) -> nn.ModuleDict:
-        shapes = {name: self._shape(name, base, 1) for name, base in routed.items()}
+        shapes = {name: self._shape(name, base, self._ranks(name)) for name, base in routed.items()}
         banks = {name: layers[name].experts for name in routed}
         return share_pools(config, shapes, {name: bank for name, bank in banks.items() if isinstance(bank, ShardBank)})
 
@@ -128,7 +131,11 @@ class Builder:
             return None
         return self.config.router.build(shape.in_features, len(shape.ranks)).to(shape.device)
 
-    def _shape(self, name: str, base: nn.Module, num_experts: int) -> LayerShape:
+    def _ranks(self, name: str) -> tuple[int, ...]:
+        """Each expert's rank in a routed layer."""
+        return self.ranks[name] if name in self.ranks else self.config.ranks(self.num_experts[block_of(name)])
+
+    def _shape(self, name: str, base: nn.Module, ranks: tuple[int, ...]) -> LayerShape:
         sizes = features(base)
         assert sizes is not None
         return LayerShape(
@@ -136,8 +143,8 @@ class Builder:
             base=base,
             in_features=sizes[0],
             out_features=sizes[1],
-            ranks=self.config.ranks(num_experts),
-            scales=self.config.scales(num_experts),
+            ranks=ranks,
+            scales=self.config.scales_of(ranks),
             dropout=self.config.dropout,
             device=execution_device(base),
             dtype=master_dtype(base),

@@ -76,10 +76,15 @@ class MixtureConfig:
 
     def scales(self, num_experts: int) -> tuple[float, ...]:
         """Each expert's scale."""
+        return self.scales_of(self.ranks(num_experts))
+
+    def scales_of(self, ranks: tuple[int, ...]) -> tuple[float, ...]:
+        """The scales of experts of these ranks. Raises ConfigError where a list of alphas has another length."""
+        num_experts = len(ranks)
         alphas = _per_expert("alpha", self.alpha, num_experts)
         divisors = {
-            "alpha/rank": self.ranks(num_experts),
-            "alpha/sqrt(rank)": [rank**0.5 for rank in self.ranks(num_experts)],
+            "alpha/rank": ranks,
+            "alpha/sqrt(rank)": [rank**0.5 for rank in ranks],
             "alpha/num_experts": [num_experts] * num_experts,
             "alpha": [1] * num_experts,
         }[self.scaling]

@@ -108,5 +108,5 @@ def grow(layers: Layers, config: MixtureConfig, num_experts: int) -> None:
     for layer in layers.values():
         assert isinstance(layer.experts, LoRABank)
         assert layer.router is not None
-        layer.experts.grow(num_experts, config.ranks(1)[0], config.scales(num_experts)[0])
+        layer.experts.grow(config.ranks(1) * num_experts, config.scales(num_experts)[0])
         layer.router.num_experts += num_experts

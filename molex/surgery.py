@@ -4,6 +4,8 @@ Everything is checked and built before the model is touched, so a refused conver
 objects themselves stay, wrapped; the base is frozen; hooks tell the mixture's state about each forward.
 """
 
+from collections.abc import Mapping
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,14 +19,16 @@ from molex.mixture import Mixture
 from molex.model_scope import TwoPass
 
 
-def convert(model: nn.Module, config: MixtureConfig) -> Mixture:
+def convert(
+    model: nn.Module, config: MixtureConfig, *, ranks: Mapping[str, tuple[int, ...]] | None = None
+) -> Mixture:
     """Turns a dense model into a mixture of LoRA experts, in place, and returns the handle.
 
-    Raises StateError on a second conversion, TargetError where a pattern or an architecture does not fit,
+    ranks: each expert's rank, by layer name, in layers where it is not what the configuration says. Raises StateError on a second conversion, TargetError where a pattern or an architecture does not fit,
     ConfigError on settings that contradict each other. The base's parameters are frozen.
     """
     _check(model, config)
-    builder = Builder(model, config)
+    builder = Builder(model, config, ranks or {})
     layers = builder.build()
     mixture = Mixture(model, config, layers, builder.targets.also_trained, builder.state)
     mixture.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -309,7 +309,7 @@ def test_each_gaussian_expert_has_the_spread_of_its_own_rank() -> None:
     assert isinstance(bank, LoRABank)
     for rows_RD, rank in zip(bank.lora_A.split((2, 32)), (2, 32), strict=True):
         assert float(rows_RD.std()) == pytest.approx(1 / rank, rel=0.1)
-    bank.grow(1, rank=4, scale=1.0)
+    bank.grow((4,), scale=1.0)
     assert float(bank.lora_A.std()) == pytest.approx(1 / 4, rel=0.1)
 
 
@@ -339,8 +339,8 @@ def test_frozen_experts_stay_and_can_still_be_loaded() -> None:
     assert isinstance(bank, LoRABank)
     randomised(bank)
     before = [bank.materialize(e) for e in range(2)]
-    bank.grow(2, rank=3, scale=0.3)
-    bank.grow(1, rank=1, scale=0.7)
+    bank.grow((3, 3), scale=0.3)
+    bank.grow((1,), scale=0.7)
     assert bank.ranks == (2, 1, 3, 3, 1)
     assert float(bank.materialize(4).abs().sum()) == 0
     optimizer = torch.optim.AdamW([p for p in bank.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)

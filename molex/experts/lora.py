@@ -4,7 +4,7 @@ Stored stacked as columns: `lora_A` (C, D) and `lora_B` (O, C), expert e owning 
 all experts are two matrix products, and ZeRO-3, FSDP and torch.compile see two parameters. The (E, R, ·) forms
 are views where ranks agree; nothing is padded here.
 
-`grow()` moves what is there to a second, frozen stack: masking gradients inside one Parameter would not freeze it,
+`append()` adds a column block beside those there are. `grow()` moves what is there to a second, frozen stack: masking gradients inside one Parameter would not freeze it,
 since AdamW decays and its moments move masked entries too.
 """
 
@@ -109,18 +109,29 @@ class LoRABank(ExpertBank):
         return A[own], B[:, own]
 
     @torch.no_grad()
-    def grow(self, num_new: int, rank: int, scale: float) -> None:
-        """Freezes every expert there is and adds num_new trainable ones of the given rank and scale."""
-        old = self.columns()
+    def grow(self, ranks: tuple[int, ...], scale: float) -> None:
+        """Freezes every expert there is and adds trainable ones of the given ranks and one scale."""
+        old, num_new = self.columns(), sum(ranks)
         self.frozen_A = nn.Parameter(old.A.detach().clone(), requires_grad=False)
         self.frozen_B = nn.Parameter(old.B.detach().clone(), requires_grad=False)
-        self.lora_A = nn.Parameter(old.A.new_empty(num_new * rank, self.in_features))
-        self.lora_B = nn.Parameter(old.B.new_zeros(self.out_features, num_new * rank))
-        self.names += [str(self.num_experts + i) for i in range(num_new)]
-        self.ranks += (rank,) * num_new
-        self.scale = torch.cat([self.scale, self.scale.new_full((num_new,), scale)])
-        self.expert_of_column = columns_of(self.ranks).to(old.A.device)
+        self.lora_A = nn.Parameter(old.A.new_empty(num_new, self.in_features))
+        self.lora_B = nn.Parameter(old.B.new_zeros(self.out_features, num_new))
+        self._count_in(ranks, scale)
         self.reset_A()
+
+    @torch.no_grad()
+    def append(self, rank: int) -> None:
+        """One more expert, zero, at the end of the stack that trains; the others keep their numbers."""
+        A, B = self.lora_A, self.lora_B
+        self.lora_A = nn.Parameter(torch.cat([A, A.new_zeros(rank, self.in_features)]), A.requires_grad)
+        self.lora_B = nn.Parameter(torch.cat([B, B.new_zeros(self.out_features, rank)], dim=1), B.requires_grad)
+        self._count_in((rank,), 1.0)
+
+    def _count_in(self, ranks: tuple[int, ...], scale: float) -> None:
+        self.names += [str(self.num_experts + i) for i in range(len(ranks))]
+        self.ranks += ranks
+        self.scale = torch.cat([self.scale, self.scale.new_full((len(ranks),), scale)])
+        self.expert_of_column = columns_of(self.ranks).to(self.lora_A.device)
 
 
 def everyone(routing: Routing) -> Routing:

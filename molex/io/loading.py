@@ -112,7 +112,7 @@ def _load_base(
 def _convert_and_fill(model: nn.Module, record: MixtureRecord, folder: Path) -> Mixture:
     _check_base(model, record)
     try:
-        mixture = convert(model, record.config)
+        mixture = convert(model, record.config, ranks=_first_ranks(record))
     except (TargetError, ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
     try:
@@ -145,24 +145,28 @@ def _check_base(model: nn.Module, record: MixtureRecord) -> None:
             )
 
 
+def _first_ranks(record: MixtureRecord) -> dict[str, tuple[int, ...]]:
+    """Ranks that are not the configuration's, of the experts there were before `mixture.grow`."""
+    ranks = {name: layer.ranks for name, layer in record.layers.items()}
+    return {name: own[: record.layers[name].frozen or None] for name, own in ranks.items() if own is not None}
+
+
 def _grow(mixture: Mixture, record: MixtureRecord) -> None:
-    """Brings freshly converted layers to their recorded shape: `mixture.grow` may have been called on the saved one."""
+    """Freezes and adds what `mixture.grow` did on the saved one, and checks each layer against its record."""
     if mixture.layers.keys() != record.layers.keys():
         odd = sorted(mixture.layers.keys() ^ record.layers.keys())
         raise CheckpointError(f"targets {record.config.targets} now mean other layers than when saved: {listed(odd)}")
     for name, saved in record.layers.items():
         layer = mixture.layers[name]
         if saved.frozen:
-            _grow_layer(layer, record.ranks(saved), saved.frozen)
+            _grow_layer(layer, record.ranks(saved)[saved.frozen :])
         check_layer(layer, saved, record)
 
 
-def _grow_layer(layer: MixtureLinear, ranks: tuple[int, ...], num_frozen: int) -> None:
-    """Freezes the first experts and adds the others, as `mixture.grow` did; scales come with the tensors."""
+def _grow_layer(layer: MixtureLinear, ranks: tuple[int, ...]) -> None:
+    """Freezes the experts there are and adds others, as `mixture.grow` did; scales come with the tensors."""
     bank, router = layer.experts, layer.router
-    if not isinstance(bank, LoRABank) or router is None or not bank.num_experts <= num_frozen < len(ranks):
-        raise CheckpointError(f"{layer.name}: {num_frozen} of its {len(ranks)} experts cannot be frozen: damaged")
-    for rank in ranks[bank.num_experts : num_frozen]:
-        bank.grow(1, rank, 1.0)
-    bank.grow(len(ranks) - num_frozen, ranks[-1], 1.0)
+    if not isinstance(bank, LoRABank) or router is None or not ranks:
+        raise CheckpointError(f"{layer.name}: its {bank.num_experts} experts cannot all be frozen: damaged")
+    bank.grow(ranks, 1.0)
     router.num_experts = bank.num_experts

@@ -27,6 +27,7 @@ def main(folder: Path, rank: int, world_size: int, strategies: list[str]) -> Non
     for strategy in strategies:
         for case in CASES:
             train_case(strategy, case, folder / strategy / case, rank, world_size)
+    dist.barrier()  # who leaves while another still gathers from it is aborted by gloo
     dist.destroy_process_group()
 
 

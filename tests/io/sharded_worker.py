@@ -26,6 +26,7 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     fully_shard(mixture.model)
     load_into(mixture, folder / "in")
     mixture.save(folder / "out", is_main_process=rank == 0)
+    dist.barrier()  # who leaves while another still gathers from it is aborted by gloo
     dist.destroy_process_group()
 
 
