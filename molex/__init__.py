@@ -11,6 +11,7 @@ from molex.errors import MolexError
 
 if TYPE_CHECKING:
     from molex.allocation import allocate, usage_budget
+    from molex.composing import from_peft
     from molex.config import MixtureConfig
     from molex.experts import LoRA
     from molex.io.loading import load
@@ -26,6 +27,7 @@ _HOMES = {
     "allocate": "molex.allocation",
     "usage_budget": "molex.allocation",
     "MixtureConfig": "molex.config",
+    "from_peft": "molex.composing",
     "LoRA": "molex.experts",
     "Mixture": "molex.mixture",
     "preset": "molex.presets",
@@ -44,6 +46,7 @@ __all__ = [
     "Routing",
     "allocate",
     "convert",
+    "from_peft",
     "load",
     "preset",
     "usage_budget",

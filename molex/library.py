@@ -14,6 +14,7 @@ from molex.errors import ConfigError, TargetError
 from molex.experts import LoRA
 from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
+from molex.routers import Router
 from molex.stats import LayerStats
 
 logger = logging.getLogger("molex")
@@ -53,7 +54,7 @@ def load_expert(layers: Layers, expert_id: int, name: str, factors: Factors) -> 
         raise TargetError(f"expert {name!r} has layers that are not converted: {', '.join(unknown[:5])}")
     filled = {n: layer for n, layer in layers.items() if n in factors or not layer.plain}
     missing = len(filled) - len(factors)
-    if missing:
+    if missing and factors:
         logger.warning("expert %r has no %d of %d layers; they add nothing", name, missing, len(filled))
     loras = {n: factors.get(n) or layer.zero_expert(expert_id) for n, layer in filled.items()}
     for layer_name, lora in loras.items():
@@ -63,6 +64,32 @@ def load_expert(layers: Layers, expert_id: int, name: str, factors: Factors) -> 
             raise ConfigError(f"{layer_name}: {error}") from error
     for layer_name, lora in loras.items():
         layers[layer_name].load_expert(expert_id, name, lora)
+
+
+def append_expert(layers: Layers, head: Router | None, name: str, factors: Factors) -> None:
+    """See `Mixture.append_expert`; head: what routes for all layers, if one router does."""
+    if name in expert_names(layers):
+        raise ConfigError(f"there is an expert {name!r} already; choose another name")
+    routed = {layer_name: layer for layer_name, layer in layers.items() if not layer.plain}
+    unknown = sorted(set(factors) - set(routed))
+    if unknown or not factors:
+        raise TargetError(f"expert {name!r} has layers that are not routed here: {', '.join(unknown[:5]) or 'none'}")
+    for layer_name, layer in routed.items():
+        if type(layer.experts) is not LoRABank:
+            raise ConfigError(f"{layer_name}: only plain LoRA experts can be joined by one more")
+        if layer.experts.num_experts != len(expert_names(layers)):
+            raise ConfigError("layers have unlike numbers of experts, so that one more would have no common number")
+        if layer_name in factors:
+            layer.experts.check_lora(factors[layer_name], factors[layer_name].A.shape[0], name)
+    routers = [layer.router for layer in routed.values() if layer.router is not None]
+    for router in routers if head is None else [head]:
+        router.add_expert()
+    for layer in routed.values():
+        assert isinstance(layer.experts, LoRABank)
+        lora = factors.get(layer.name)
+        layer.experts.append(1 if lora is None else lora.A.shape[0])
+        expert_id = layer.experts.num_experts - 1
+        layer.load_expert(expert_id, name, layer.zero_expert(expert_id) if lora is None else lora)
 
 
 def factors_of(layers: Layers, expert_id: int) -> Factors:

@@ -8,6 +8,7 @@ mixture.save("out/");  mixture.revert()
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +21,14 @@ from molex.errors import StateError
 from molex.layer import MixtureLinear
 from molex.library import Factors
 from molex.losses import total_loss
-from molex.routers import BalancedRouter
+from molex.routers import BalancedRouter, Router
 from molex.routing import Decision
 from molex.state import MixtureState
 from molex.stats import LayerStats, layer_stats, over_all_ranks, slot_counts
 from molex.tokens import task_tensor
+
+if TYPE_CHECKING:
+    from molex.io.adapter import Adapter
 
 
 class Mixture:
@@ -42,6 +46,7 @@ class Mixture:
         self.also_trained, self.state = also_trained, state
         self.hooks: list[RemovableHandle] = []
         self.required_grad: dict[str, bool] = {}  # of the base's parameters, before the conversion
+        self.origins: dict[str, dict[str, Any]] = {}  # of experts that came from adapters: what their folder said
 
     @staticmethod
     def of(model: nn.Module) -> "Mixture":
@@ -55,6 +60,11 @@ class Mixture:
     def experts(self) -> list[str]:
         """The experts' names, of the layer that has most."""
         return library.expert_names(self.layers)
+
+    @property
+    def head(self) -> Router | None:
+        """The router that decides for all layers at once, where the method has one (X-LoRA)."""
+        return getattr(getattr(self.model, "molex", None), "router", None)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """What training moves: experts, routers and also_train modules."""
@@ -176,6 +186,26 @@ class Mixture:
         """
         self._check_alive()
         library.grow(self.layers, self.config, num_experts)
+
+    def add_expert(self, source: "str | Path | Adapter", name: str) -> None:
+        """One more expert after the others, from a folder that PEFT wrote; the others keep their numbers and weights.
+
+        It trains if the others do. A gate scores it 0 until its row is set (molex.init_gates) or trained; Arrow knows
+        its direction at once. Raises as `molex.from_peft` does, and ConfigError where router or experts are made for
+        a fixed number; the mixture is then as it was.
+        """
+        self._check_alive()
+        from molex.composing import add_expert  # reads adapters, so it is above this file
+
+        add_expert(self, source, name)
+
+    def export_peft(self, directory: str | Path) -> list[Path]:
+        """Writes every expert as a folder that PEFT loads, DIRECTORY/name; returns the folders. An expert that came
+        from an adapter, untrained since, comes out bit for bit. Raises ConfigError where experts are no LoRAs."""
+        self._check_alive()
+        from molex.io.exporting import export_peft  # io describes mixtures, so it is above this file
+
+        return export_peft(self, Path(directory))
 
     def save(
         self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, is_main_process: bool = True

@@ -19,13 +19,12 @@ from molex.mixture import Mixture
 from molex.model_scope import TwoPass
 
 
-def convert(
-    model: nn.Module, config: MixtureConfig, *, ranks: Mapping[str, tuple[int, ...]] | None = None
-) -> Mixture:
+def convert(model: nn.Module, config: MixtureConfig, *, ranks: Mapping[str, tuple[int, ...]] | None = None) -> Mixture:
     """Turns a dense model into a mixture of LoRA experts, in place, and returns the handle.
 
-    ranks: each expert's rank, by layer name, in layers where it is not what the configuration says. Raises StateError on a second conversion, TargetError where a pattern or an architecture does not fit,
-    ConfigError on settings that contradict each other. The base's parameters are frozen.
+    ranks: each expert's rank, by layer name, in layers where it is not what the configuration says. The base's
+    parameters are frozen. Raises StateError on a second conversion, TargetError where a pattern or an architecture does
+    not fit, ConfigError on settings that contradict each other.
     """
     _check(model, config)
     builder = Builder(model, config, ranks or {})

@@ -48,6 +48,7 @@ FLOORS = (
     ("mixture", "building"),
     ("io",),
     ("surgery",),
+    ("composing",),
     ("merging",),
     ("training",),
     ("evaluation",),

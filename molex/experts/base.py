@@ -105,15 +105,16 @@ class ExpertBank(Exact, ABC):
     def check_expert(self, expert_id: int, lora: LoRA) -> None:
         """Raises ConfigError where `load_expert` cannot take this LoRA: a wrong id, shape or scale."""
         self.check_id(expert_id)
-        rank = self.ranks[expert_id]
+        self.check_lora(lora, self.ranks[expert_id], str(expert_id))
+
+    def check_lora(self, lora: LoRA, rank: int, expert: str) -> None:
+        """Raises ConfigError where a LoRA is not of this rank, not for this layer, or has no finite scale."""
         wanted = (rank, self.in_features), (self.out_features, rank)
         given = tuple(lora.A.shape), tuple(lora.B.shape)
         if given != wanted:
-            raise ConfigError(
-                f"expert {expert_id} takes A {wanted[0]} and B {wanted[1]}, got {given[0]} and {given[1]}"
-            )
+            raise ConfigError(f"expert {expert} takes A {wanted[0]} and B {wanted[1]}, got {given[0]} and {given[1]}")
         if not math.isfinite(lora.scale):
-            raise ConfigError(f"expert {expert_id} is given the scale {lora.scale}, which is no finite number")
+            raise ConfigError(f"expert {expert} is given the scale {lora.scale}, which is no finite number")
 
     def check_id(self, expert_id: int) -> None:
         """Raises ConfigError unless there is an expert of this number."""

@@ -4,8 +4,8 @@ Stored stacked as columns: `lora_A` (C, D) and `lora_B` (O, C), expert e owning 
 all experts are two matrix products, and ZeRO-3, FSDP and torch.compile see two parameters. The (E, R, ·) forms
 are views where ranks agree; nothing is padded here.
 
-`append()` adds a column block beside those there are. `grow()` moves what is there to a second, frozen stack: masking gradients inside one Parameter would not freeze it,
-since AdamW decays and its moments move masked entries too.
+`append()` adds columns at the end. `grow()` moves what is there to a second, frozen stack: masking gradients inside one
+Parameter would not freeze it, since AdamW decays and its moments move masked entries too.
 """
 
 import math

@@ -110,6 +110,7 @@ def _check_values(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
 
 def set_names_and_stages(mixture: Mixture, record: MixtureRecord) -> None:
     """Experts' names and LoRA-Mixer's stage: what a mixture remembers besides tensors."""
+    mixture.origins = dict(record.origins)
     for name, saved in record.layers.items():
         layer = mixture.layers[name]
         layer.experts.names = list(saved.names or record.experts[: saved.num_experts])

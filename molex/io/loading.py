@@ -4,7 +4,6 @@ Everything that can be checked is checked before the model is touched, and what 
 fails: a refused file leaves the model as it was.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,17 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils.hub import cached_files
 
 from molex.checks import listed
 from molex.errors import CheckpointError, ConfigError, TargetError
 from molex.experts.lora import LoRABank
 from molex.io.checkpoint import check_layer, fill, read_record, refuse_foreign, set_names_and_stages
+from molex.io.hub import local_folder
 from molex.io.record import CONFIG_FILE, TENSOR_FILE, MixtureRecord, base_record
 from molex.layer import MixtureLinear
 from molex.linears import features
 from molex.mixture import Mixture
 from molex.surgery import convert
-
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load(
@@ -55,22 +52,10 @@ def load(
 
 def find_folder(path: str | Path, revision: str | None = None) -> Path:
     """Where the files are: the folder itself, or a snapshot of it from the hub. Raises CheckpointError otherwise."""
-    if not isinstance(path, str | Path):
-        raise CheckpointError(f"{path!r} is no path; molex.load takes a folder written by mixture.save, or a hub id")
-    folder = Path(path)
-    if folder.is_dir():
-        refuse_foreign(folder)
-        return folder
-    if folder.exists() or not isinstance(path, str) or not _HUB_ID.fullmatch(path):
-        kind = "a file" if folder.exists() else "no folder"
-        raise CheckpointError(f"{path} is {kind}; molex.load takes a folder written by mixture.save, or a hub id")
-    try:
-        found = cached_files(path, [CONFIG_FILE, TENSOR_FILE], revision=revision)
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} is no folder here, nor a mixture that the hub gives: {reason}") from error
-    assert found is not None
-    return Path(found[0]).parent
+    expected = "molex.load takes a folder written by mixture.save"
+    folder = local_folder(path, [CONFIG_FILE, TENSOR_FILE], expected, revision)
+    refuse_foreign(folder)
+    return folder
 
 
 def _load_base(

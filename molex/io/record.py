@@ -7,6 +7,7 @@ wrong base.
     experts        the experts' names
     also_trained   modules saved whole
     num_parameters stored and base
+    origins        of experts that came from adapters: their adapter_config.json, and the dtype they were stored in
     layers         name -> shape and number of experts; ranks, names, frozen, stage where they are not the config's
 """
 
@@ -78,6 +79,7 @@ class MixtureRecord:
     also_trained: tuple[str, ...]
     num_parameters: dict[str, int]
     layers: dict[str, LayerRecord]
+    origins: dict[str, dict[str, Any]] = field(default_factory=dict)
     molex_version: str = molex.__version__
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,6 +117,7 @@ def record_of(mixture: Mixture, included: bool = False) -> MixtureRecord:
         also_trained=tuple(mixture.also_trained),
         num_parameters={"stored": counts["stored"], "base": counts["base"]},
         layers={name: _layer_record(layer, mixture) for name, layer in mixture.layers.items()},
+        origins=mixture.origins,
     )
 
 

@@ -14,6 +14,6 @@ from molex.routers import (  # noqa: F401 (registers the routers)
     task,
     topk,
 )
-from molex.routers.base import BalancedRouter, Router, RouterConfig, routers
+from molex.routers.base import BalancedRouter, GatedRouter, Router, RouterConfig, routers
 
-__all__ = ["BalancedRouter", "Router", "RouterConfig", "routers"]
+__all__ = ["BalancedRouter", "GatedRouter", "Router", "RouterConfig", "routers"]

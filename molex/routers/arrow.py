@@ -44,6 +44,10 @@ class ArrowRouter(Router):
         self.config = config
         self.register_buffer("prototypes", torch.zeros(num_experts, in_features))
 
+    def add_expert(self) -> None:
+        self.prototypes = torch.cat([self.prototypes, self.prototypes.new_zeros(1, self.prototypes.shape[1])])
+        self.num_experts += 1
+
     @torch.no_grad()
     def learn_expert(self, expert_id: int, A: Tensor, B: Tensor) -> None:
         """Takes the direction of an expert that was just loaded: A (R, D), B (O, R); one that adds nothing has none."""

@@ -38,6 +38,12 @@ class Router(Exact, ABC):
     def learn_expert(self, expert_id: int, A: Tensor, B: Tensor) -> None:
         """Told of every LoRA that is loaded into its layer: A (R, D), B (O, R). Most routers do not mind."""
 
+    def add_expert(self) -> None:
+        """Makes room for one more expert, after the others. Raises ConfigError where the router is for so many."""
+        if not self.growable:
+            raise ConfigError("this router is made for the experts it has; convert anew with one more")
+        self.num_experts += 1
+
     def task_ids(self, ctx: RouteContext, num_tasks: int) -> Tensor:
         """The tokens' tasks (T,). Raises StateError when nobody set them, ConfigError when one is out of range."""
         if ctx.task_ids is None:
@@ -47,6 +53,16 @@ class Router(Exact, ABC):
         if not torch.compiler.is_compiling() and bool(((ctx.task_ids < 0) | (ctx.task_ids >= num_tasks)).any()):
             raise ConfigError(f"{ctx.layer}: a task id is outside 0..{num_tasks - 1}")
         return ctx.task_ids
+
+
+class GatedRouter(Router):
+    """A router that scores experts by one linear `gate`, a row for each."""
+
+    gate: "Gate"
+
+    def add_expert(self) -> None:
+        self.gate.add_row()
+        self.num_experts += 1
 
 
 class BalancedRouter(Router):
@@ -103,6 +119,12 @@ class Gate(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(dtype), self.weight.to(dtype))
+
+    @torch.no_grad()
+    def add_row(self) -> None:
+        """One more expert, whose logit is 0 until the row is set or trained."""
+        weight_ED = torch.cat([self.weight, self.weight.new_zeros(1, self.weight.shape[1])])
+        self.weight = nn.Parameter(weight_ED, self.weight.requires_grad)
 
 
 def check_top_k(top_k: int, num_experts: int) -> None:

@@ -21,6 +21,8 @@ class ConstantConfig(RouterConfig):
 class ConstantRouter(Router):
     """No parameters."""
 
+    growable = True
+
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         dtype = torch.promote_types(x.dtype, torch.float32)
         return dense_routing(torch.ones(x.shape[0], self.num_experts, device=x.device, dtype=dtype), None)

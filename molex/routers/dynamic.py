@@ -15,7 +15,7 @@ from torch import Tensor
 
 from molex.entropy import check_entropy_index, normalised_entropy
 from molex.errors import ConfigError
-from molex.routers.base import Gate, Router, RouterConfig, check_top_k, routers
+from molex.routers.base import Gate, GatedRouter, Router, RouterConfig, check_top_k, routers
 from molex.routing import RouteContext, Routing
 
 
@@ -39,7 +39,7 @@ class DynamicConfig(RouterConfig):
         return DynamicRouter(self, in_features, num_experts)
 
 
-class DynamicRouter(Router):
+class DynamicRouter(GatedRouter):
     """One linear gate; K == E slots, the dropped ones nobody's."""
 
     def __init__(self, config: DynamicConfig, in_features: int, num_experts: int):

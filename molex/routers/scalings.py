@@ -69,6 +69,15 @@ class ScalingsRouter(Router):
             blocks += [_WideLinear(size_in, size_out), nn.ReLU(), nn.Dropout(config.head_dropout)]
         self.head = nn.Sequential(*blocks, _WideLinear(sizes[-1], num_out))
 
+    @torch.no_grad()
+    def add_expert(self) -> None:
+        last, experts = self.head[-1], self.num_experts
+        for name, parameter in list(last.named_parameters()):
+            rows = parameter.unflatten(0, (-1, experts))
+            wider = torch.cat([rows, torch.zeros_like(rows[:, :1])], dim=1).flatten(0, 1)
+            setattr(last, name, nn.Parameter(wider, parameter.requires_grad))
+        self.num_experts += 1
+
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         """The first layer's routing; `decide` gives all of them."""
         return self.decide(x)[0]

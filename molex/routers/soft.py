@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from molex.routers.base import Gate, Router, RouterConfig, routers
+from molex.routers.base import Gate, GatedRouter, Router, RouterConfig, routers
 from molex.routing import RouteContext, Routing, dense_routing
 
 
@@ -23,7 +23,7 @@ class SoftConfig(RouterConfig):
         return SoftRouter(self, in_features, num_experts)
 
 
-class SoftRouter(Router):
+class SoftRouter(GatedRouter):
     """One linear gate."""
 
     def __init__(self, config: SoftConfig, in_features: int, num_experts: int):

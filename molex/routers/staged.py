@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from molex.checks import check_choice
-from molex.routers.base import Gate, Router, RouterConfig, check_top_k, routers
+from molex.routers.base import Gate, GatedRouter, Router, RouterConfig, check_top_k, routers
 from molex.routing import RouteContext, Routing, dense_routing
 
 Stage = Literal["hard", "soft"]
@@ -33,7 +33,7 @@ class StagedConfig(RouterConfig):
         return StagedRouter(self, in_features, num_experts)
 
 
-class StagedRouter(Router):
+class StagedRouter(GatedRouter):
     """One linear gate, unused in the hard stage. `stage` may be switched on a running mixture."""
 
     def __init__(self, config: StagedConfig, in_features: int, num_experts: int):

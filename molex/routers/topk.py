@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from molex.errors import ConfigError
-from molex.routers.base import Gate, Router, RouterConfig, check_top_k, routers
+from molex.routers.base import Gate, GatedRouter, Router, RouterConfig, check_top_k, routers
 from molex.routing import RouteContext, Routing
 
 
@@ -36,7 +36,7 @@ class TopKConfig(RouterConfig):
         return TopKRouter(self, in_features, num_experts)
 
 
-class TopKRouter(Router):
+class TopKRouter(GatedRouter):
     """One linear gate."""
 
     def __init__(self, config: TopKConfig, in_features: int, num_experts: int):

@@ -212,7 +212,7 @@ def test_hub_ids_name_mixtures_and_bases(base: Path, tmp_path: Path, monkeypatch
     for repo_id in ("someone/apart", "someone/together"):
         assert torch.equal(logits(molex.load(repo_id)), logits(mixture))
     assert torch.equal(logits(molex.load(tiny("llama"), "someone/apart")), logits(mixture))
-    with pytest.raises(CheckpointError, match="someone/unknown is no folder here, nor a mixture that the hub gives"):
+    with pytest.raises(CheckpointError, match="someone/unknown is no folder here, nor does the hub give it"):
         molex.load("someone/unknown")
 
 

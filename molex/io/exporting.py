@@ -1,0 +1,52 @@
+"""Experts back into adapters: one folder each, in PEFT's format.
+
+An expert that came from an adapter takes its own configuration and dtype back, so that, untrained since, it is the
+folder it was. Others get a configuration that means them. Layers where an expert is zero in both factors are left out:
+an adapter that did not change a layer is a zero expert there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molex.experts import LoRA
+from molex.io.adapter import Adapter
+from molex.io.peft import write_adapter
+from molex.mixture import Mixture
+
+
+def export_peft(mixture: Mixture, directory: Path) -> list[Path]:
+    """See `Mixture.export_peft`."""
+    adapters = [adapter_of(mixture, expert_id) for expert_id in range(len(mixture.experts))]
+    folders = []
+    for adapter in adapters:
+        if adapter.factors:
+            folders.append(directory / adapter.name)
+            write_adapter(adapter, folders[-1])
+    return folders
+
+
+def adapter_of(mixture: Mixture, expert_id: int) -> Adapter:
+    """One expert as an adapter. Raises ConfigError where experts are more than LoRAs."""
+    name = mixture.experts[expert_id]
+    origin: dict[str, Any] = mixture.origins.get(name, {})
+    dtype = getattr(torch, origin["dtype"]) if origin else torch.float64
+    factors = {
+        layer: LoRA(_narrow(lora.A, dtype), _narrow(lora.B, dtype), lora.scale)
+        for layer, lora in mixture.factors(expert_id).items()
+        if lora.A.any() or lora.B.any()
+    }
+    trained_whole = tuple(f"{module}." for module in mixture.also_trained)
+    named = mixture.state_dict().items() if trained_whole else ()
+    whole = {key: _narrow(tensor, dtype) for key, tensor in named if key.startswith(trained_whole)}
+    base = str(getattr(getattr(mixture.model, "config", None), "_name_or_path", "") or "")
+    return Adapter(name=name, factors=factors, whole=whole, base=base, config=origin.get("config", {}))
+
+
+def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype it came in, where that loses nothing: what was trained since keeps its own."""
+    narrowed = tensor.to(dtype)
+    exact = dtype.itemsize < tensor.dtype.itemsize and torch.equal(narrowed.to(tensor.dtype), tensor)
+    return narrowed if exact else tensor
