@@ -1,4 +1,4 @@
-"""The command line:  molex demo | methods | inspect PATH   (also python -m molex ...).
+"""The command line:  molex demo | methods | inspect PATH | export PATH   (also python -m molex ...).
 
 Tables for people, `--json` where a script would read; errors of molex are one sentence on stderr and exit code 1.
 """
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from molex.commands.demo import demo
+from molex.commands.export import export
 from molex.commands.inspect import inspect
 from molex.commands.methods import methods
 from molex.errors import MolexError
@@ -22,7 +23,7 @@ def molex() -> None:
     """Mixtures of LoRA experts, in one library."""
 
 
-for command in (methods, inspect, demo):
+for command in (methods, inspect, export, demo):
     app.command()(command)
 
 

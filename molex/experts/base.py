@@ -94,6 +94,12 @@ class ExpertBank(Exact, ABC):
         dtype = torch.promote_types(B_OR.dtype, torch.float32)
         return scale * (B_OR.to(dtype) @ A_RD.to(dtype))
 
+    def weight(self, expert_id: int, base: Tensor) -> Tensor:
+        """The weight (O, D) of one plain linear that is the base's (O, D) with one expert at weight 1, float32 or
+        wider."""
+        added_OD = self.materialize(expert_id)
+        return base.to(torch.promote_types(base.dtype, added_OD.dtype)) + added_OD
+
     @torch.no_grad()
     def load_expert(self, expert_id: int, name: str, lora: LoRA) -> None:
         """Puts a pretrained LoRA in an expert's place. Raises ConfigError where `check_expert` does."""

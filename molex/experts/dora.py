@@ -96,6 +96,13 @@ class DoRABank(LoRABank):
         columns = self.columns()
         return columns._replace(B=columns.B * factor_EO[columns.expert_of_column].T), factor_EO
 
+    def weight(self, expert_id: int, base: Tensor) -> Tensor:
+        A_RD, B_OR, scale = super().expert(expert_id)
+        dtype = torch.promote_types(base.dtype, torch.promote_types(B_OR.dtype, torch.float32))
+        W_OD = base.to(dtype) + scale * (B_OR.to(dtype) @ A_RD.to(dtype))
+        norm_O = W_OD.norm(dim=1).clamp(min=torch.finfo(dtype).tiny)
+        return (self.magnitude[expert_id].to(dtype) / norm_O)[:, None] * W_OD
+
     def check_expert(self, expert_id: int, lora: LoRA) -> None:
         raise ConfigError("a DoRA expert is more than A and B: its magnitude; load a LoRA into experts='lora'")
 
