@@ -13,8 +13,19 @@ from molex.merging import (  # noqa: F401 (registers the rules)
     svd,
     ties,
 )
+from molex.merging.adapters import merge
 from molex.merging.base import MergeRule, make_rule, rules
 from molex.merging.merged import LayerReport, Merged, merge_factors
 from molex.merging.reversible import Reversible, compress
 
-__all__ = ["LayerReport", "MergeRule", "Merged", "Reversible", "compress", "make_rule", "merge_factors", "rules"]
+__all__ = [
+    "LayerReport",
+    "MergeRule",
+    "Merged",
+    "Reversible",
+    "compress",
+    "make_rule",
+    "merge",
+    "merge_factors",
+    "rules",
+]

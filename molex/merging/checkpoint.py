@@ -1,0 +1,202 @@
+"""A base's folder and merged LoRAs into a new folder, tensor by tensor: no model is loaded.
+
+Each tensor is read, changed in float32 where a LoRA belongs to it, cast, and written, so that memory holds one tensor.
+What a linear is called in the files is found from its name in the model: prefixes such as "transformer." may be there
+or not. The model itself is only built without memory (on the meta device), to tell what is transposed or tied.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from molex.checks import listed, near_and_known
+from molex.errors import CheckpointError
+from molex.experts import LoRA
+from molex.io.files import Header, read_json, staged, write_json
+from molex.io.stream import CODES, DTYPES, Entry, Slot, bytes_of, read_slots, write_stream
+from molex.library import Factors
+from molex.merging.folding import Sizes, add_to, find_linears, refuse_twins, sizes_of, transposed
+from molex.merging.shards import WEIGHT_FILES, check_no_weights, index_of, shard_names, split
+
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
+_NOT_COPIED = ("config.json", "model.safetensors.index.json", "adapter_config.json", "molex_config.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A checkpoint on disk. slots: every tensor by its name there. model: its architecture, without weights."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    slots: Mapping[str, Slot]
+    model: PreTrainedModel
+
+    def find(self, name: str) -> str:
+        """What a parameter of the model is called in the files. Raises CheckpointError where it is not there."""
+        if name in self.slots:
+            return name
+        found = [own for own in self.slots if name.endswith(f".{own}") or own.endswith(f".{name}")]
+        if len(found) != 1:
+            raise CheckpointError(f"{self.folder} holds no {name}: tied, or called otherwise{_near(name, self.slots)}")
+        return found[0]
+
+    def check(self, sizes: Sizes, whole: Mapping[str, Tensor]) -> None:
+        """Raises TargetError or CheckpointError where linears, or parameters replaced whole, do not fit the files."""
+        for layer, module in find_linears(self.model, sizes).items():
+            header = self.slots[self.find(f"{layer}.weight")].header
+            wanted = tuple(module.weight.shape)  # type: ignore[union-attr]
+            if header.shape != wanted or header.dtype not in DTYPES:
+                raise CheckpointError(f"{layer} is {header.dtype} {header.shape} in the files, the model has {wanted}")
+        refuse_twins(self.model, whole)
+        for name, tensor in whole.items():
+            header = self.slots[self.find(name)].header
+            if header.shape != tuple(tensor.shape) or header.dtype not in DTYPES:
+                raise CheckpointError(f"adapters replace {name} by {tuple(tensor.shape)}, here it is {header.shape}")
+
+
+def open_base(path: str | Path) -> Base:
+    """Reads headers and configuration of a folder, or of a hub id. Raises CheckpointError on what cannot be merged."""
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = _download(path)
+    config = read_json(folder / "config.json")
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{folder} is quantised; merge into the base that it was made from")
+    slots: dict[str, Slot] = {}
+    for name in _weight_files(folder):
+        slots |= read_slots(folder / name)
+    return Base(folder=folder, config=config, slots=slots, model=_skeleton(folder, config))
+
+
+def write_dense(
+    base: Base,
+    factors: Factors,
+    whole: Mapping[str, Tensor],
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_size: int | str = "5GB",
+    texts: Mapping[str, str] | None = None,
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Writes the base with merged LoRAs added, whole or not at all.
+
+    whole: parameters to replace, by their names in the model. dtype: of all float tensors, otherwise each keeps its
+    own. texts: further files to write beside. Raises as `Base.check` does, and CheckpointError on an `out` that holds
+    weights already.
+    """
+    base.check(sizes_of(factors), whole)
+    check_no_weights(out)
+    updates = {base.find(f"{layer}.weight"): (lora, _transposed(base, layer)) for layer, lora in factors.items()}
+    replaced = {base.find(name): tensor for name, tensor in whole.items()}
+    shards = plan(base, dtype, shard_size)
+    names = shard_names(len(shards))
+    with staged(out) as scratch:
+        for file_name, headers in zip(names, shards, strict=True):
+            entries = [
+                Entry(name, header, _Producer(base.slots[name], header, updates.get(name), replaced.get(name)))
+                for name, header in headers.items()
+            ]
+            write_stream(scratch / file_name, _told(entries, on_tensor), {"format": "pt"})
+        if len(shards) > 1:
+            write_json(scratch / "model.safetensors.index.json", index_of(names, shards))
+        _copy_small_files(base, scratch, dtype)
+        for name, text in (texts or {}).items():
+            (scratch / name).write_text(text, encoding="utf-8")
+
+
+def plan(base: Base, dtype: torch.dtype | None, shard_size: int | str) -> list[dict[str, Header]]:
+    """What each output file holds, in the base's order."""
+    headers = {}
+    for name, slot in base.slots.items():
+        code = CODES[dtype] if dtype is not None and slot.header.dtype in DTYPES else slot.header.dtype
+        headers[name] = Header(slot.header.shape, code)
+    return split(headers, shard_size)
+
+
+@dataclass(frozen=True)
+class _Producer:
+    """One tensor's bytes, made when asked for: copied, or changed and cast."""
+
+    slot: Slot
+    header: Header
+    update: tuple[LoRA, bool] | None
+    replaced: Tensor | None
+
+    def __call__(self) -> bytes | bytearray | memoryview:
+        if self.replaced is not None:
+            return bytes_of(self.replaced.to(DTYPES[self.header.dtype]))
+        if self.update is None and self.header == self.slot.header:
+            return self.slot.read()
+        tensor = self.slot.tensor()
+        if self.update is not None:
+            # wide before the cast, so that a narrower dtype rounds once
+            tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            add_to(tensor, *self.update)
+        return bytes_of(tensor.to(DTYPES[self.header.dtype]))
+
+
+def _told(entries: list[Entry], on_tensor: Callable[[str], None]) -> list[Entry]:
+    def told(entry: Entry) -> Entry:
+        def data() -> bytes | bytearray | memoryview:
+            on_tensor(entry.name)
+            return entry.data()
+
+        return entry._replace(data=data)
+
+    return [told(entry) for entry in entries]
+
+
+def _transposed(base: Base, layer: str) -> bool:
+    return transposed(base.model.get_submodule(layer))
+
+
+def _copy_small_files(base: Base, scratch: Path, dtype: torch.dtype | None) -> None:
+    """Tokenizer, chat template, generation settings; the configuration with its dtype as written."""
+    for pattern in _SMALL_FILES:
+        for path in base.folder.glob(pattern):
+            if path.name not in _NOT_COPIED and path.is_file():
+                shutil.copyfile(path, scratch / path.name)
+    config = dict(base.config)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    write_json(scratch / "config.json", config)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / "model.safetensors.index.json").is_file():
+        return sorted(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values()))
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    raise CheckpointError(f"{folder} has no model.safetensors and no index of shards; give a base saved as safetensors")
+
+
+def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
+    name = (config.get("architectures") or [""])[0]
+    model_class = getattr(transformers, name, None)
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+        raise CheckpointError(f"{folder / 'config.json'}: transformers has no model class {name!r}")
+    with torch.device("meta"):
+        return model_class(AutoConfig.from_pretrained(folder))
+
+
+def _download(path: str | Path) -> Path:
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=[*_SMALL_FILES, *WEIGHT_FILES]))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is no folder here, nor does the hub give it ({reason})") from error
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+    near = near_and_known(name, names).partition("?")[0]
+    return near if "did you mean" in near else f". It holds {listed(sorted(names))}"
