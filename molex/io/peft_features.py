@@ -32,6 +32,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_bdlora": (bool, f"keeps A or B as diagonal blocks: {_AS_LORA}"),
     "kasa_config": (bool, f"has changed the base's weights and has a diagonal between B and A: {_MERGE}"),
     "monteclora_config": (bool, f"draws its factors anew in training: {_AS_LORA}"),
+    "velora_config": (bool, "keeps state for training only: delete it and its lora_velora_embed tensors"),
     "megatron_config": (bool, "is split over Megatron's ranks; save it in the plain layout"),
 }
 
@@ -42,7 +43,7 @@ _REFUSED_TENSORS = {
     "lora_A.bias": "lora_bias",
     "lora_embedding_": "a LoRA of an embedding",
     "trainable_tokens": "trainable_token_indices",
-    ".base_layer.": "target_parameters",
+    ".base_layer.": "a LoRA of a head or an embedding",
     "lora_diag": "kasa_config",
 }
 
