@@ -36,6 +36,7 @@ from molex.routers.self_activated import SelfActivatedConfig
 from molex.routers.sigmoid import SigmoidConfig
 from molex.routers.soft import SoftConfig
 from molex.routers.staged import StagedConfig
+from molex.routers.static import StaticConfig
 from molex.routers.task import TaskConfig
 from molex.routers.topk import TopKConfig
 from tests import equations as eq
@@ -96,6 +97,7 @@ ROUTERS: dict[str, RouterCase] = {
     "arrow": RouterCase(ArrowConfig(top_k=2, temperature=0.7), eq.arrow, "fewer than all, a temperature that shows"),
     "task": RouterCase(TaskConfig(), eq.task_and_shared, "the sum of the shared and the own expert"),
     "staged": RouterCase(StagedConfig(top_k=3), eq.top_k_of_soft, "the soft stage in evaluation"),
+    "static": RouterCase(StaticConfig(), eq.learned_constants, "nothing to set"),
     "polytropon": RouterCase(PolytroponConfig(num_tasks=2, num_heads=2), eq.poly, "heads and tasks differ"),
     "scalings": RouterCase(
         ScalingsConfig(depth=2, hidden_size=5, layerwise=True, temperature=0.8, global_weight=0.5),

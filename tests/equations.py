@@ -39,6 +39,11 @@ def all_at_one(router: Any, token: Token) -> Tensor:
     return token.x.new_ones(router.num_experts)
 
 
+def learned_constants(router: Any, token: Token) -> Tensor:
+    """LoRA Soups: w, whatever the token."""
+    return router.weights
+
+
 def soft(router: Any, token: Token) -> Tensor:
     """LoRAMoE, HydraLoRA: w = softmax(W x)."""
     return softmax(router.gate.weight @ token.x)

@@ -82,6 +82,7 @@ def write_stream(path: Path, entries: Sequence[Entry], metadata: Mapping[str, st
             data = entry.data()
             assert len(data) == entry.header.num_bytes, f"{entry.name}: {len(data)} bytes, {entry.header} was promised"
             file.write(data)
+            del data  # before the next tensor is made
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

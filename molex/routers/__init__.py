@@ -11,6 +11,7 @@ from molex.routers import (  # noqa: F401 (registers the routers)
     sigmoid,
     soft,
     staged,
+    static,
     task,
     topk,
 )
