@@ -12,6 +12,7 @@ from rich.text import Text
 from molex.commands.demo import demo
 from molex.commands.export import export
 from molex.commands.inspect import inspect
+from molex.commands.merge import merge
 from molex.commands.methods import methods
 from molex.errors import MolexError
 
@@ -23,7 +24,7 @@ def molex() -> None:
     """Mixtures of LoRA experts, in one library."""
 
 
-for command in (methods, inspect, export, demo):
+for command in (methods, inspect, merge, export, demo):
     app.command()(command)
 
 

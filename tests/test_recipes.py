@@ -16,7 +16,7 @@ from recipes import instruction_tuning as recipe
 from tests.distributed.launch import run
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+CONFIGS = sorted(p for p in (ROOT / "recipes" / "configs").glob("*.yaml") if not p.stem.startswith("merge_"))
 COMMANDS = re.findall(
     r"^python (recipes/instruction_tuning\.py .*)$", (ROOT / "recipes" / "README.md").read_text(), re.M
 )

@@ -5,7 +5,8 @@ molex.merge("base/", adapters, out="merged/")               a dense checkpoint, 
 molex.merge("base/", adapters, out="one/", kind="lora")     one PEFT LoRA
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from molex.checks import check_choice, listed
 from molex.composing import as_adapter
 from molex.errors import CheckpointError, ConfigError, StateError
 from molex.io.adapter import Adapter
+from molex.io.files import staged
 from molex.io.fitting import agreed_whole, replace_whole
 from molex.io.peft import write_adapter
 from molex.library import Factors
@@ -53,25 +55,75 @@ def merge(
     then as it was.
     """
     check_choice("kind", kind, ("dense", "lora"))
-    ready = make_rule(rule, parameters)
-    read = read_sources(adapters)
-    experts = {adapter.name: adapter.factors for adapter in read}
-    limits = {"rank": rank, "energy": energy}
+    read, ready = read_sources(adapters), make_rule(rule, parameters)
+    output = Output(kind=kind, dtype=dtype, shard_size=shard_size)
     if isinstance(model, nn.Module):
         if kind == "dense" and out is not None:
             raise ConfigError("a model in memory is merged in place: call merge without out, then save_pretrained")
-        return _into_model(model, read, ready, weights, limits, None if out is None else Path(out))
+        _refuse_mixtures(model)
+        experts = {adapter.name: adapter.factors for adapter in read}
+        names = (name for name, _ in model.named_modules())
+        merged = merge_factors(experts, ready, weights, names=names, rank=rank, energy=energy)
+        return (
+            _into_model(model, read, merged) if out is None else _beside_model(model, read, merged, output, Path(out))
+        )
     if out is None:
         raise ConfigError(f"molex.merge({str(model)!r}, ...): say where the result goes, out=FOLDER")
-    base = open_base(model)
-    merged = merge_factors(experts, ready, weights, names=(n for n, _ in base.model.named_modules()), **limits)
-    whole = same_whole(read)
-    if kind == "dense":
-        write_dense(base, merged.factors, whole, Path(out), dtype=dtype, shard_size=shard_size)
-    else:
-        base.check(sizes_of(merged.factors), whole)
-        write_adapter(one_adapter(merged, whole, str(model), dtype), out)
+    merge_folder(model, read, ready, weights, Path(out), output, rank=rank, energy=energy)
     return Path(out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a folder gets. texts: further files. on_layer, on_tensor: told of each linear merged and tensor written."""
+
+    kind: Literal["dense", "lora"] = "dense"
+    dtype: torch.dtype | None = None
+    shard_size: int | str = "5GB"
+    texts: Mapping[str, str] = field(default_factory=dict)
+    on_layer: Callable[[str], None] = lambda layer: None
+    on_tensor: Callable[[str], None] = lambda name: None
+
+
+def merge_folder(
+    base: str | Path,
+    adapters: list[Adapter],
+    rule: MergeRule,
+    weights: Weights | None,
+    out: Path,
+    output: Output,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Merged:
+    """Merges adapters over a base's folder into the folder `out`; returns what the merge was. Raises as `merge`."""
+    opened = open_base(base)
+    experts, whole = {adapter.name: adapter.factors for adapter in adapters}, same_whole(adapters)
+    opened.check({layer: size for adapter in adapters for layer, size in sizes_of(adapter.factors).items()}, whole)
+    names = (name for name, _ in opened.model.named_modules())
+    merged = merge_factors(experts, rule, weights, names=names, rank=rank, energy=energy, on_layer=output.on_layer)
+    if output.kind == "lora":
+        write_one(one_adapter(merged, whole, str(base), output.dtype), out, output.texts)
+        return merged
+    write_dense(
+        opened,
+        merged.factors,
+        whole,
+        out,
+        dtype=output.dtype,
+        shard_size=output.shard_size,
+        texts=output.texts,
+        on_tensor=output.on_tensor,
+    )
+    return merged
+
+
+def write_one(adapter: Adapter, out: Path, texts: Mapping[str, str]) -> None:
+    """One PEFT folder, and further files beside it."""
+    write_adapter(adapter, out)
+    with staged(out) as scratch:
+        for name, text in texts.items():
+            (scratch / name).write_text(text, encoding="utf-8")
 
 
 def read_sources(adapters: Mapping[str, Source]) -> list[Adapter]:
@@ -107,24 +159,20 @@ def one_adapter(merged: Merged, whole: Mapping[str, Tensor], base: str, dtype: t
     return Adapter(name="merged", factors=factors, whole=whole, base=base)
 
 
-def _into_model(
-    model: nn.Module,
-    adapters: list[Adapter],
-    rule: MergeRule,
-    weights: Weights | None,
-    limits: dict[str, Any],
-    out: Path | None,
-) -> nn.Module | Path:
+def _refuse_mixtures(model: nn.Module) -> None:
     if hasattr(model, "molex_mixture"):
         raise StateError("this model is a mixture; call mixture.merge, or mixture.revert first")
-    experts = {adapter.name: adapter.factors for adapter in adapters}
-    merged = merge_factors(experts, rule, weights, names=(n for n, _ in model.named_modules()), **limits)
-    if out is not None:
-        find_linears(model, sizes_of(merged.factors))
-        name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-        write_adapter(one_adapter(merged, same_whole(adapters), name, None), out)
-        return out
+
+
+def _into_model(model: nn.Module, adapters: list[Adapter], merged: Merged) -> nn.Module:
     whole = agreed_whole(model, adapters)
     fold(model, merged.factors)
     replace_whole(model, whole)
     return model
+
+
+def _beside_model(model: nn.Module, adapters: list[Adapter], merged: Merged, output: Output, out: Path) -> Path:
+    find_linears(model, sizes_of(merged.factors))
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    write_one(one_adapter(merged, same_whole(adapters), name, output.dtype), out, {})
+    return out

@@ -26,8 +26,8 @@ from molex.library import Factors
 from molex.merging.folding import Sizes, add_to, find_linears, refuse_twins, sizes_of, transposed
 from molex.merging.shards import WEIGHT_FILES, check_no_weights, index_of, shard_names, split
 
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")
-_NOT_COPIED = ("config.json", "model.safetensors.index.json", "adapter_config.json", "molex_config.json")
+_TEXT_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
+_SMALL_FILES = (*_TEXT_FILES, "chat_template*", "generation_config.json", "p*processor_config.json", "LICENSE*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,8 @@ def write_dense(
             write_stream(scratch / file_name, _told(entries, on_tensor), {"format": "pt"})
         if len(shards) > 1:
             write_json(scratch / "model.safetensors.index.json", index_of(names, shards))
-        _copy_small_files(base, scratch, dtype)
+        copy_small_files(base.folder, scratch)
+        _write_config(base, scratch, dtype)
         for name, text in (texts or {}).items():
             (scratch / name).write_text(text, encoding="utf-8")
 
@@ -159,12 +160,16 @@ def _transposed(base: Base, layer: str) -> bool:
     return transposed(base.model.get_submodule(layer))
 
 
-def _copy_small_files(base: Base, scratch: Path, dtype: torch.dtype | None) -> None:
-    """Tokenizer, chat template, generation settings; the configuration with its dtype as written."""
+def copy_small_files(folder: Path, scratch: Path) -> None:
+    """Tokenizer, chat template, generation settings, licence."""
     for pattern in _SMALL_FILES:
-        for path in base.folder.glob(pattern):
-            if path.name not in _NOT_COPIED and path.is_file():
+        for path in folder.glob(pattern):
+            if path.is_file():
                 shutil.copyfile(path, scratch / path.name)
+
+
+def _write_config(base: Base, scratch: Path, dtype: torch.dtype | None) -> None:
+    """The base's configuration, with the dtype as written."""
     config = dict(base.config)
     if dtype is not None:
         config.pop("torch_dtype", None)
@@ -191,7 +196,7 @@ def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
 
 def _download(path: str | Path) -> Path:
     try:
-        return Path(snapshot_download(str(path), allow_patterns=[*_SMALL_FILES, *WEIGHT_FILES]))
+        return Path(snapshot_download(str(path), allow_patterns=["config.json", *_SMALL_FILES, *WEIGHT_FILES]))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} is no folder here, nor does the hub give it ({reason})") from error

@@ -43,6 +43,12 @@ def merge_mixture(
     or experts are more than LoRAs, TargetError where the base's weights cannot take it; nothing has then changed.
     """
     merged = merge_experts(mixture, rule, weights, parameters=parameters, rank=rank, energy=energy)
+    return fold_into(mixture, merged)
+
+
+def fold_into(mixture: Mixture, merged: Merged) -> nn.Module:
+    """Takes a mixture off and adds the merged updates to its base. Raises TargetError, with nothing changed, where the
+    base's weights cannot take them."""
     for name in merged.factors:
         check_writable(name, mixture.layers[name].base)
     refuse_twins(mixture.model, [f"{name}.base.weight" for name in merged.factors])
