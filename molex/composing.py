@@ -58,7 +58,7 @@ def from_peft(
         _router_config(router, len(experts)),
         targets=_short_targets(model, layers),
         plain_targets=(),
-        also_train=tuple(sorted({name.rpartition(".")[0] for name in whole})),
+        also_keep=tuple(sorted({name.rpartition(".")[0] for name in whole})),
         num_experts=len(experts),
         allocation=None,
         rank=tuple(map(_usual_rank, experts)),

@@ -28,14 +28,15 @@ class MixtureConfig:
     targets / plain_targets: roles or module-name patterns (molex.architectures); plain ones get one ordinary LoRA.
     scope "linear": every linear routes itself; "ffn": the linears of a feed-forward block share one routing.
     num_experts, allocation: see molex.allocation. rank, alpha: one for all experts, or one for each.
-    scaling: what an expert is multiplied by. also_train: modules trained and saved whole. train_experts False:
-    only routers train.
+    scaling: what an expert is multiplied by. also_train: modules trained and saved whole; also_keep: saved whole, not
+    trained. train_experts False: only routers train.
     """
 
     method: str = "custom"
     targets: tuple[str, ...] = ("all",)
     plain_targets: tuple[str, ...] = ()
     also_train: tuple[str, ...] = ()
+    also_keep: tuple[str, ...] = ()
     scope: Literal["linear", "ffn"] = "linear"
     num_experts: int = 1
     allocation: str | tuple[int, ...] | None = None
@@ -50,7 +51,7 @@ class MixtureConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        patterns = ("targets", "plain_targets", "also_train")
+        patterns = ("targets", "plain_targets", "also_train", "also_keep")
         for name in (*patterns, "allocation", "rank", "alpha", "losses"):  # JSON and YAML have lists for tuples
             value = getattr(self, name)
             if isinstance(value, list):

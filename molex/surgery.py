@@ -29,12 +29,13 @@ def convert(model: nn.Module, config: MixtureConfig, *, ranks: Mapping[str, tupl
     _check(model, config)
     builder = Builder(model, config, ranks or {})
     layers = builder.build()
-    mixture = Mixture(model, config, layers, builder.targets.also_trained, builder.state)
+    targets = builder.targets
+    mixture = Mixture(model, config, layers, [*targets.also_trained, *targets.also_kept], builder.state)
     mixture.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    for name in mixture.also_trained:
+    for name in targets.also_trained:
         model.get_submodule(name).requires_grad_(True)
     if builder.shared:
         model.add_module("molex", builder.shared.train(model.training))

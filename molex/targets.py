@@ -19,11 +19,12 @@ Linears = dict[str, nn.Module]
 
 
 class Targets(NamedTuple):
-    """routed: get experts and a router. plain: get one LoRA. also_trained: names of modules trained whole."""
+    """routed: get experts and a router. plain: get one LoRA. also_trained, also_kept: names of modules saved whole."""
 
     routed: Linears
     plain: Linears
     also_trained: list[str]
+    also_kept: list[str]
 
 
 def find_targets(model: nn.Module, config: MixtureConfig) -> Targets:
@@ -37,12 +38,15 @@ def find_targets(model: nn.Module, config: MixtureConfig) -> Targets:
     both = sorted(set(routed) & set(plain))
     if both:
         raise TargetError(f"{both[0]} is both in targets and in plain_targets; leave it in one")
-    for whole in also_trained:
+    also_kept = find_modules(model, config.also_keep)
+    for whole in (*also_trained, *also_kept):
         inside = [name for name in (*routed, *plain) if f"{name}.".startswith(f"{whole}.")]
         if inside:
-            raise TargetError(f"also_train names {whole}, which holds the target {inside[0]}; leave it in one")
+            raise TargetError(
+                f"also_train or also_keep names {whole}, which holds the target {inside[0]}; leave it in one"
+            )
     _refuse_shared(model, {*routed, *plain})
-    return Targets(routed, plain, also_trained)
+    return Targets(routed, plain, also_trained, also_kept)
 
 
 def find_linears(model: nn.Module, entries: tuple[str, ...]) -> Linears:

@@ -48,7 +48,7 @@ FLOORS = (
     ("mixture", "building"),
     ("io",),
     ("surgery",),
-    ("composing",),
+    ("composing", "gate_init"),
     ("merging",),
     ("training",),
     ("evaluation",),

@@ -51,9 +51,7 @@ class ArrowRouter(Router):
     @torch.no_grad()
     def learn_expert(self, expert_id: int, A: Tensor, B: Tensor) -> None:
         """Takes the direction of an expert that was just loaded: A (R, D), B (O, R); one that adds nothing has none."""
-        core_RR = torch.linalg.qr(B.double()).R
-        _, sizes, directions = torch.linalg.svd(core_RR @ A.double(), full_matrices=False)
-        self.prototypes[expert_id] = (directions[0] * (sizes[0] > 0)).to(self.prototypes)
+        self.prototypes[expert_id] = top_direction(A, B).to(self.prototypes)
 
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -64,3 +62,10 @@ class ArrowRouter(Router):
         chosen_TK = there_E[ids_TK]
         weights_TK = (best_TK / self.config.temperature).masked_fill(~chosen_TK, -math.inf).softmax(-1)
         return Routing(ids_TK.where(chosen_TK, -1), weights_TK.where(chosen_TK, 0), logits_TE, self.num_experts)
+
+
+def top_direction(A: Tensor, B: Tensor) -> Tensor:
+    """The top right singular vector (D,) of B A, float64; zero where B A is. A (R, D), B (O, R)."""
+    core_RR = torch.linalg.qr(B.detach().double()).R
+    _, sizes, directions = torch.linalg.svd(core_RR @ A.detach().double(), full_matrices=False)
+    return directions[0] * (sizes[0] > 0)

@@ -21,7 +21,8 @@ class ConstantConfig(RouterConfig):
 class ConstantRouter(Router):
     """No parameters."""
 
-    growable = True
+    def add_expert(self) -> None:
+        self.num_experts += 1
 
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         dtype = torch.promote_types(x.dtype, torch.float32)
