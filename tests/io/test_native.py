@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import molex
 from molex.cli import app
 from molex.errors import CheckpointError, ConfigError
-from molex.io.native import export_native, families
+from molex.io.native import TARGETS, export_native, families
+from molex.io.native.family import COPIED
 from molex.io.native.mixtral import Mixtral
 from tests.io.mixtures import file_bytes, same, snapshot
 from tests.io.native import LAYER_1, LLAMA3, loaded, mixture_on, said
@@ -70,8 +71,12 @@ def test_the_exported_model_is_the_mixture(row: Row, tmp_path: Path) -> None:
     report = export_native(mixture, tmp_path, row.target, family=family, check=False)
     model, logits = loaded(tmp_path)
     expected = said(mixture)
+    base = mixture.model.config
     assert report.family == model.config.model_type == row.family
-    assert model.config.tie_word_embeddings == row.fields.get("tie_word_embeddings", False)
+    tied = row.fields.get("tie_word_embeddings", False)
+    assert model.config.tie_word_embeddings == tied
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
+    assert all(getattr(model.config, name) == getattr(base, name) for name in COPIED)  # some do nothing on short texts
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=2e-5)
     with mixture.disabled():
         assert (said(mixture) - expected).abs().max() > 0.05
@@ -197,6 +202,19 @@ def test_the_check_finds_a_wrong_name(tmp_path: Path, monkeypatch: pytest.Monkey
         assert not (tmp_path / "out").exists()
 
 
+def test_the_check_finds_one_wrong_number_in_a_16_bit_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+        tensors["model.norm.weight"][0] += 0.01
+        save_file(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr("molex.io.native.sizes.save_file", careless)
+    mixture = mixture_on("llama")
+    mixture.model.to(torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"not written as computed: model\.norm\.weight differs"):
+        export_native(mixture, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_check_finds_a_tensor_that_has_no_place(tmp_path: Path) -> None:
     mixture = mixture_on("llama")
     mixture.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(3)))
@@ -223,6 +241,13 @@ def test_an_interrupt_leaves_the_folder_as_it_was(
             export_native(mixture_on("llama"), tmp_path / name)
     assert file_bytes(tmp_path / "old") == {"notes.txt": b"mine"}
     assert not (tmp_path / "new").exists()
+
+
+def test_a_base_without_a_folder_gives_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.json").write_text("of something else")
+    monkeypatch.chdir(tmp_path)
+    export_native(mixture_on("llama"), tmp_path / "out", check=False)
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
 def test_tokenizer_and_generation_settings_come_along(tmp_path: Path) -> None:
@@ -266,3 +291,19 @@ def test_the_command_line_exports_and_forecasts(tmp_path: Path) -> None:
     shown = run("--to", "native", "--dry-run").stdout
     assert "mixtral" in shown
     assert "ratio" in shown
+
+
+def test_the_page_has_the_families_as_they_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "exporting.md").read_text()
+    known = sorted((families[name] for name in families), key=lambda family: family.fallback)
+    rows = []
+    for base in sorted({base for family in known for base in family.serves}):
+        cells = []
+        for target in TARGETS:
+            names = [f"`{family.model_type}`" for family in known if target in family.serves.get(base, ())]
+            cells.append(", ".join(names) or "no")
+        rows.append(f"| `{base}` | {' | '.join(cells)} |")
+    rows += [f"| `{name}` | {families[name].condition} |" for name in sorted(families)]
+    table = page.split("<!-- families -->")[1].split("<!-- /families -->")[0]
+    assert [line for line in table.splitlines() if line.startswith("| `")] == rows
+    assert all(families[name].model_type == name for name in families)

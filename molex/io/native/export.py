@@ -8,7 +8,7 @@ of experts, which is told before anything is written.
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ def export_native(
     CheckpointError where the folder holds a model already, the disk is too small, or the check fails. Then the folder
     is as it was; so it is after an interrupt.
     """
-    Mixture.of(mixture.model)
+    Mixture.of(mixture.model)  # raises where it was reverted
     chosen_target = check_target(target)
     base = base_config(mixture)
     experts = read_experts(mixture)
@@ -172,8 +172,8 @@ def _write_tokenizer(base: PretrainedConfig, tokenizer: Tokenizer | None, scratc
     if tokenizer is not None:
         tokenizer.save_pretrained(str(scratch))
         return
-    source = Path(str(getattr(base, "_name_or_path", "") or ""))
-    found = [source / name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    source = getattr(base, "_name_or_path", "")
+    found = [Path(source, name) for name in _TOKENIZER_FILES if source and Path(source, name).is_file()]
     for path in found:
         shutil.copyfile(path, scratch / path.name)
     if not found:
@@ -182,6 +182,6 @@ def _write_tokenizer(base: PretrainedConfig, tokenizer: Tokenizer | None, scratc
 
 def _check_folder(folder: Path) -> None:
     """Raises CheckpointError on a folder with a model in it: loaders would mix up the two."""
-    taken: Sequence[Path] = [*folder.glob("*.safetensors*"), *folder.glob("*config.json")] if folder.is_dir() else []
+    taken = [*folder.glob("*.safetensors*"), *folder.glob("*config.json")]
     if taken:
         raise CheckpointError(f"{folder} holds {taken[0].name} already; give an empty or a new folder")
