@@ -108,7 +108,10 @@ def read_recipe(path: Path, flags: Mapping[str, Any]) -> MergeRecipe:
         raise ConfigError(f"{path} is no YAML: {error}") from error
     if not isinstance(document, Mapping):
         raise ConfigError(f"{path} holds a {type(document).__name__}; give keys such as base, adapters, rule")
-    return make_recipe({**document, **flags})
+    settings = dict(flags.get("parameters") or {})
+    if flags.get("rule", document.get("rule")) == document.get("rule"):  # otherwise the file's are another rule's
+        settings = {**(document.get("parameters") or {}), **settings}
+    return make_recipe({**document, **flags, "parameters": settings})
 
 
 def make_recipe(plain: Mapping[str, Any]) -> MergeRecipe:

@@ -33,6 +33,13 @@ def test_flags_win(tmp_path: Path) -> None:
     assert recipe.weights is None
 
 
+def test_settings_of_a_file_go_with_its_rule(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**GOOD, "parameters": {"density": 0.2, "majority": "frequency"}}))
+    changed = read_recipe(tmp_path / "r.yaml", {"parameters": {"density": 0.7}})
+    assert changed.parameters == {"density": 0.7, "majority": "frequency"}
+    assert read_recipe(tmp_path / "r.yaml", {"rule": "svd"}).parameters == {}
+
+
 def test_weights_of_every_form_read_back() -> None:
     weights = {"x": [0.1, 0.9], "y": [{"filter": "mlp.*", "value": [1.0, 0.0]}, {"value": 0.5}]}
     given = {name: {"path": name, "weight": weight} for name, weight in weights.items()}
