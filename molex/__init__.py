@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from molex.composing import from_peft
     from molex.config import MixtureConfig
     from molex.experts import LoRA
+    from molex.gate_init import gates_from_experts, gates_from_prompts
     from molex.io.loading import load
+    from molex.merging import merge
     from molex.mixture import Mixture
     from molex.presets import preset
     from molex.routing import RouteContext, Routing
@@ -34,7 +36,10 @@ _HOMES = {
     "RouteContext": "molex.routing",
     "Routing": "molex.routing",
     "convert": "molex.surgery",
+    "gates_from_experts": "molex.gate_init",
+    "gates_from_prompts": "molex.gate_init",
     "load": "molex.io.loading",
+    "merge": "molex.merging",
 }
 
 __all__ = [
@@ -47,7 +52,10 @@ __all__ = [
     "allocate",
     "convert",
     "from_peft",
+    "gates_from_experts",
+    "gates_from_prompts",
     "load",
+    "merge",
     "preset",
     "usage_budget",
 ]

@@ -29,6 +29,10 @@ from molex.tokens import task_tensor
 
 if TYPE_CHECKING:
     from molex.io.adapter import Adapter
+    from molex.io.native import NativeExport
+    from molex.io.native.export import Tokenizer
+    from molex.merging import MergeRule
+    from molex.merging.weights import Weights
 
 
 class Mixture:
@@ -190,7 +194,7 @@ class Mixture:
     def add_expert(self, source: "str | Path | Adapter", name: str) -> None:
         """One more expert after the others, from a folder that PEFT wrote; the others keep their numbers and weights.
 
-        It trains if the others do. A gate scores it 0 until its row is set (molex.init_gates) or trained; Arrow knows
+        It trains if the others do. A gate scores it 0 until its row is set (molex.gates_from_prompts) or trained; Arrow knows
         its direction at once. Raises as `molex.from_peft` does, and ConfigError where router or experts are made for
         a fixed number; the mixture is then as it was.
         """
@@ -206,6 +210,48 @@ class Mixture:
         from molex.io.exporting import export_peft  # io describes mixtures, so it is above this file
 
         return export_peft(self, Path(directory))
+
+    def export_native(
+        self,
+        directory: str | Path,
+        target: str = "transformers",
+        *,
+        family: str | None = None,
+        tokenizer: "Tokenizer | None" = None,
+        max_shard_bytes: int = 4_000_000_000,
+        dry_run: bool = False,
+        check: bool = True,
+    ) -> "NativeExport":
+        """Writes the mixture as a native mixture-of-experts checkpoint for "transformers", "vllm" or "llama.cpp": see
+        molex.io.native.export."""
+        self._check_alive()
+        from molex.io.native import export_native  # io describes mixtures, so it is above this file
+
+        return export_native(
+            self,
+            directory,
+            target,
+            family=family,
+            tokenizer=tokenizer,
+            max_shard_bytes=max_shard_bytes,
+            dry_run=dry_run,
+            check=check,
+        )
+
+    def merge(
+        self,
+        rule: "str | MergeRule | None" = None,
+        weights: "Weights | None" = None,
+        *,
+        parameters: Mapping[str, Any] | None = None,
+        rank: int | None = None,
+        energy: float | None = None,
+    ) -> nn.Module:
+        """Folds the experts into the base, in place, and returns it, a plain model: see molex.merging.of_mixture."""
+        self._check_alive()
+        from molex.merging import merge_mixture  # merging reads mixtures, so it is above this file
+
+        return merge_mixture(self, rule, weights, parameters=parameters, rank=rank, energy=energy)
 
     def save(
         self, directory: str | Path, state_dict: Mapping[str, Tensor] | None = None, is_main_process: bool = True

@@ -38,6 +38,13 @@ class Router(Exact, ABC):
     def learn_expert(self, expert_id: int, A: Tensor, B: Tensor) -> None:
         """Told of every LoRA that is loaded into its layer: A (R, D), B (O, R). Most routers do not mind."""
 
+    def rows(self) -> Tensor:
+        """Views of the linear map from what it reads to the experts' scores: (G, E, D), G maps side by side.
+
+        Raises ConfigError where scores come about in another way.
+        """
+        raise ConfigError("this router scores experts by no single linear map, so it has no rows to set")
+
     def add_expert(self) -> None:
         """Makes room for one more expert, after the others. Raises ConfigError where the router is for so many."""
         if not self.growable:
@@ -59,6 +66,9 @@ class GatedRouter(Router):
     """A router that scores experts by one linear `gate`, a row for each."""
 
     gate: "Gate"
+
+    def rows(self) -> Tensor:
+        return self.gate.weight[None]
 
     def add_expert(self) -> None:
         self.gate.add_row()

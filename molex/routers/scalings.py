@@ -69,6 +69,11 @@ class ScalingsRouter(Router):
             blocks += [_WideLinear(size_in, size_out), nn.ReLU(), nn.Dropout(config.head_dropout)]
         self.head = nn.Sequential(*blocks, _WideLinear(sizes[-1], num_out))
 
+    def rows(self) -> Tensor:
+        if len(self.head) > 1:
+            raise ConfigError(f"a head of depth {self.config.depth} has no rows to set; use depth=1")
+        return self.head[0].get_parameter("weight").unflatten(0, (-1, self.num_experts))
+
     @torch.no_grad()
     def add_expert(self) -> None:
         last, experts = self.head[-1], self.num_experts
