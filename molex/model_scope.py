@@ -44,14 +44,18 @@ def check_model_scope(scope: str, stacks: tuple[Stack, ...], counts: set[int]) -
 def build_head(
     model: nn.Module, config: ScalingsConfig, linears: Sequence[nn.Module], num_experts: int
 ) -> ScalingsRouter:
-    """The head over the model's last hidden states, for these linears. Raises TargetError on a foreign model."""
+    """The head over the model's last hidden states, for these linears. Raises TargetError as `head_width` does."""
+    return config.build_head(head_width(model), num_experts, len(linears)).to(execution_device(linears[0]))
+
+
+def head_width(model: nn.Module) -> int:
+    """How wide the hidden states are that a head reads. Raises TargetError on a foreign model."""
     model_config = getattr(model, "config", None)
     if not isinstance(model_config, PreTrainedConfig):
         raise TargetError("xlora needs a transformers model: its config names the hidden size the head reads")
     text_config = model_config.get_text_config()
     # OPT projects its last hidden states to the embeddings' width, which in OPT-350m is not the layers'
-    width = getattr(text_config, "word_embed_proj_dim", text_config.hidden_size)
-    return config.build_head(width, num_experts, len(linears)).to(execution_device(linears[0]))
+    return getattr(text_config, "word_embed_proj_dim", text_config.hidden_size)
 
 
 class TwoPass:

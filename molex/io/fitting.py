@@ -42,11 +42,9 @@ def _check_linear(place: str, A_RD: Tensor, B_OR: Tensor, linear: nn.Module) -> 
     given, here = (A_RD.shape[1], B_OR.shape[0]), features(linear)
     if given != here:
         raise TargetError(f"{place} is for a linear {given[0]} -> {given[1]}, here it is {here}: another base")
-    master = master_dtype(linear)
-    if torch.promote_types(A_RD.dtype, master) != master:
-        raise CheckpointError(
-            f"{place} is {A_RD.dtype}, experts here are {master}, which would round it: load a wider base"
-        )
+    master, wider = master_dtype(linear), torch.promote_types(A_RD.dtype, B_OR.dtype)
+    if torch.promote_types(wider, master) != master:
+        raise CheckpointError(f"{place} is {wider}, experts here are {master}, which would round it: load a wider base")
 
 
 def agreed_whole(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def read_adapter(
     """
     folder = local_folder(path, [CONFIG_FILE, TENSOR_FILE], "give a folder that PEFT's save_pretrained wrote", revision)
     config = read_config(folder)
-    tensors = {_bare(key): tensor for key, tensor in _read_tensors(folder, allow_bin).items()}
+    tensors = {_bare(key): tensor for key, tensor in read_weights(folder, allow_bin).items()}
     layers = sorted(key.removesuffix(_A) for key in tensors if key.endswith(_A))
     whole = {key: tensor for key, tensor in tensors.items() if ".lora_" not in key}
     check_features(config, [*tensors], folder)
@@ -67,7 +67,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(folder: Path, allow_bin: bool) -> Mapping[str, Tensor]:
+def read_weights(folder: Path, allow_bin: bool) -> Mapping[str, Tensor]:
+    """A folder's tensors, of safetensors, or of adapter_model.bin where it is allowed. Raises CheckpointError."""
     if (folder / TENSOR_FILE).is_file() or not (folder / BIN_FILE).is_file():
         return read_tensors(folder / TENSOR_FILE)
     if not allow_bin:
