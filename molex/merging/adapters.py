@@ -58,15 +58,13 @@ def merge(
     read, ready = read_sources(adapters), make_rule(rule, parameters)
     output = Output(kind=kind, dtype=dtype, shard_size=shard_size)
     if isinstance(model, nn.Module):
-        if kind == "dense" and out is not None:
-            raise ConfigError("a model in memory is merged in place: call merge without out, then save_pretrained")
-        _refuse_mixtures(model)
+        _check_in_memory(model, output, out)
         experts = {adapter.name: adapter.factors for adapter in read}
         names = (name for name, _ in model.named_modules())
         merged = merge_factors(experts, ready, weights, names=names, rank=rank, energy=energy)
-        return (
-            _into_model(model, read, merged) if out is None else _beside_model(model, read, merged, output, Path(out))
-        )
+        if out is None:
+            return _into_model(model, read, merged)
+        return _beside_model(model, read, merged, output, Path(out))
     if out is None:
         raise ConfigError(f"molex.merge({str(model)!r}, ...): say where the result goes, out=FOLDER")
     merge_folder(model, read, ready, weights, Path(out), output, rank=rank, energy=energy)
@@ -159,9 +157,15 @@ def one_adapter(merged: Merged, whole: Mapping[str, Tensor], base: str, dtype: t
     return Adapter(name="merged", factors=factors, whole=whole, base=base)
 
 
-def _refuse_mixtures(model: nn.Module) -> None:
+def _check_in_memory(model: nn.Module, output: Output, out: str | Path | None) -> None:
     if hasattr(model, "molex_mixture"):
         raise StateError("this model is a mixture; call mixture.merge, or mixture.revert first")
+    if output.kind == "dense" and out is not None:
+        raise ConfigError("a model in memory is merged in place: call merge without out, then save_pretrained")
+    if output.kind == "dense" and output.dtype is not None:
+        raise ConfigError(f"dtype={output.dtype}: a model in memory keeps its own; call model.to first")
+    if output.kind == "lora" and out is None:
+        raise ConfigError("kind='lora' is written to a folder: say where, out=FOLDER")
 
 
 def _into_model(model: nn.Module, adapters: list[Adapter], merged: Merged) -> nn.Module:

@@ -6,8 +6,10 @@ or not. The model itself is only built without memory (on the meta device), to t
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from molex.checks import listed, near_and_known
 from molex.errors import CheckpointError
 from molex.experts import LoRA
 from molex.io.files import Header, read_json, staged, write_json
@@ -45,7 +46,9 @@ class Base:
             return name
         found = [own for own in self.slots if name.endswith(f".{own}") or own.endswith(f".{name}")]
         if len(found) != 1:
-            raise CheckpointError(f"{self.folder} holds no {name}: tied, or called otherwise{_near(name, self.slots)}")
+            near = get_close_matches(name, self.slots, n=1)
+            told = f"; the nearest is {near[0]}" if near else ""
+            raise CheckpointError(f"{self.folder} holds no {name}: it is tied there, or called otherwise{told}")
         return found[0]
 
     def check(self, sizes: Sizes, whole: Mapping[str, Tensor]) -> None:
@@ -101,11 +104,14 @@ def write_dense(
     names = shard_names(len(shards))
     with staged(out) as scratch:
         for file_name, headers in zip(names, shards, strict=True):
-            entries = [
-                Entry(name, header, _Producer(base.slots[name], header, updates.get(name), replaced.get(name)))
+            producers = {
+                name: _Producer(
+                    base.slots[name], header, updates.get(name), replaced.get(name), partial(on_tensor, name)
+                )
                 for name, header in headers.items()
-            ]
-            write_stream(scratch / file_name, _told(entries, on_tensor), {"format": "pt"})
+            }
+            entries = [Entry(name, producer.header, producer) for name, producer in producers.items()]
+            write_stream(scratch / file_name, entries, {"format": "pt"})
         if len(shards) > 1:
             write_json(scratch / "model.safetensors.index.json", index_of(names, shards))
         copy_small_files(base.folder, scratch)
@@ -131,8 +137,10 @@ class _Producer:
     header: Header
     update: tuple[LoRA, bool] | None
     replaced: Tensor | None
+    tell: Callable[[], None]
 
     def __call__(self) -> bytes | bytearray | memoryview:
+        self.tell()
         if self.replaced is not None:
             return bytes_of(self.replaced.to(DTYPES[self.header.dtype]))
         if self.update is None and self.header == self.slot.header:
@@ -143,17 +151,6 @@ class _Producer:
             tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
             add_to(tensor, *self.update)
         return bytes_of(tensor.to(DTYPES[self.header.dtype]))
-
-
-def _told(entries: list[Entry], on_tensor: Callable[[str], None]) -> list[Entry]:
-    def told(entry: Entry) -> Entry:
-        def data() -> bytes | bytearray | memoryview:
-            on_tensor(entry.name)
-            return entry.data()
-
-        return entry._replace(data=data)
-
-    return [told(entry) for entry in entries]
 
 
 def _transposed(base: Base, layer: str) -> bool:
@@ -179,7 +176,10 @@ def _write_config(base: Base, scratch: Path, dtype: torch.dtype | None) -> None:
 
 def _weight_files(folder: Path) -> list[str]:
     if (folder / "model.safetensors.index.json").is_file():
-        return sorted(set(read_json(folder / "model.safetensors.index.json")["weight_map"].values()))
+        placed = read_json(folder / "model.safetensors.index.json").get("weight_map")
+        if not isinstance(placed, dict) or not placed:
+            raise CheckpointError(f"{folder / 'model.safetensors.index.json'} is damaged: it has no weight_map")
+        return sorted(set(placed.values()))
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
     raise CheckpointError(f"{folder} has no model.safetensors and no index of shards; give a base saved as safetensors")
@@ -190,8 +190,11 @@ def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
     model_class = getattr(transformers, name, None)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         raise CheckpointError(f"{folder / 'config.json'}: transformers has no model class {name!r}")
-    with torch.device("meta"):
-        return model_class(AutoConfig.from_pretrained(folder))
+    try:
+        with torch.device("meta"):
+            return model_class(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} makes no {name}: {error}") from error
 
 
 def _download(path: str | Path) -> Path:
@@ -200,8 +203,3 @@ def _download(path: str | Path) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} is no folder here, nor does the hub give it ({reason})") from error
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = near_and_known(name, names).partition("?")[0]
-    return near if "did you mean" in near else f". It holds {listed(sorted(names))}"

@@ -82,7 +82,7 @@ def check_writable(name: str, linear: nn.Module) -> None:
     plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.dtype in _DTYPES
     if not plain or weight is None:
         raise TargetError(f"{name} is quantised or sharded ({type(linear).__name__}): merge into the base before that")
-    if weight.is_meta or weight.dim() != 2 or getattr(linear, "_hf_hook", None) is not None:
+    if weight.is_meta or weight.dim() != 2:
         raise TargetError(f"{name} is offloaded or sharded: load the base without, or merge its folder: out=...")
 
 

@@ -108,10 +108,13 @@ def read_recipe(path: Path, flags: Mapping[str, Any]) -> MergeRecipe:
         raise ConfigError(f"{path} is no YAML: {error}") from error
     if not isinstance(document, Mapping):
         raise ConfigError(f"{path} holds a {type(document).__name__}; give keys such as base, adapters, rule")
-    settings = dict(flags.get("parameters") or {})
-    if flags.get("rule", document.get("rule")) == document.get("rule"):  # otherwise the file's are another rule's
-        settings = {**(document.get("parameters") or {}), **settings}
-    return make_recipe({**document, **flags, "parameters": settings})
+    values = {**document, **flags}
+    settings, own = flags.get("parameters", {}), document.get("parameters")
+    if flags.get("rule", document.get("rule")) != document.get("rule"):  # the file's settings are another rule's
+        values["parameters"] = settings
+    elif isinstance(own, Mapping):
+        values["parameters"] = {**own, **settings}
+    return make_recipe(values)
 
 
 def make_recipe(plain: Mapping[str, Any]) -> MergeRecipe:

@@ -1,6 +1,7 @@
 """molex.merge into a model, a streamed checkpoint and one adapter: against dense arithmetic, PEFT and transformers."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,20 @@ def test_tied_embeddings_stay_one_and_a_tied_head_is_refused(tmp_path: Path) -> 
             merge(target, {"a": head}, out=tmp_path / "no" if target is base else None)
 
 
+def test_memory_holds_one_tensor(tmp_path: Path) -> None:
+    """Bytes of tensors are Python's own, so tracemalloc sees them: two of the largest at once would be twice this."""
+    base = saved_base(tmp_path / "base", vocab_size=8000, tie_word_embeddings=False)
+    opened, factors = checkpoint.open_base(base), adapter_for(tiny("llama"), ("q_proj",)).factors
+    largest = max(slot.header.num_bytes for slot in opened.slots.values())
+    total = sum(slot.header.num_bytes for slot in opened.slots.values())
+    assert total > 2 * largest
+    tracemalloc.start()
+    checkpoint.write_dense(opened, factors, {}, tmp_path / "out")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.3 * largest
+
+
 def test_an_interrupted_merge_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, out = saved_base(tmp_path / "base"), tmp_path / "out"
     out.mkdir()
@@ -209,6 +224,8 @@ def refusals(tmp_path: Path):
     yield TargetError, "another architecture", (model, {"n": absent}), {}
     yield ConfigError, "say where the result goes", (base, {"n": good}), {}
     yield ConfigError, "then save_pretrained", (model, {"n": good}), {"out": out}
+    yield ConfigError, "keeps its own", (model, {"n": good}), {"dtype": torch.float16}
+    yield ConfigError, "say where, out=FOLDER", (model, {"n": good}), {"kind": "lora"}
     yield ConfigError, "choose from 'dense', 'lora'", (base, {"n": good}), {"out": out, "kind": "moe"}
     yield ConfigError, "did you mean 'linear'", (base, {"n": good}, "linar"), {"out": out}
     yield ConfigError, "give a mapping of names", (base, {}), {"out": out}
