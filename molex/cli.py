@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from molex.commands.demo import demo
+from molex.commands.eval import eval
 from molex.commands.export import export
 from molex.commands.inspect import inspect
 from molex.commands.merge import merge
@@ -24,7 +25,7 @@ def molex() -> None:
     """Mixtures of LoRA experts, in one library."""
 
 
-for command in (methods, inspect, merge, export, demo):
+for command in (methods, inspect, merge, export, eval, demo):
     app.command()(command)
 
 

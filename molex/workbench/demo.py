@@ -21,15 +21,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from molex.errors import ConfigError, StateError
+from molex.evaluation.figures import check_plots
+from molex.evaluation.heat_map import routing_by_label, routing_heat_map
 from molex.io.loading import load
 from molex.library import Factors
 from molex.mixture import Mixture
 from molex.presets import presets
 from molex.routers.staged import StagedRouter
 from molex.surgery import convert
-from molex.workbench.data import collate, dataset
+from molex.workbench.data import collate, dataset, question_and_answer
 from molex.workbench.model import load_base
-from molex.workbench.plots import check_plots, loss_curves, routing_heat_map
+from molex.workbench.plots import loss_curves
 from molex.workbench.scoring import answers, exact_match_by_skill
 from molex.workbench.settings import OVER_ADAPTERS, task_types, workbench_preset
 from molex.workbench.tokenizer import load_tokenizer
@@ -69,7 +71,7 @@ class Demo:
             mixture, result = self._train(name, self.steps)
             result.exact = exact_match_by_skill(mixture.model, self.tokenizer, self.held_out)
             if name == "mixlora":
-                routing_heat_map(self._loads(mixture), self.out / "routing.png", "mixlora: who serves which skill")
+                self._draw_routing(mixture)
             self._finish(mixture, result)
         self.console.print(_score_table(base, self.results))
         self._train_experts()
@@ -127,15 +129,12 @@ class Demo:
             result.answer = f"{prompt.strip()} {answers(reloaded.model, self.tokenizer, [prompt], 16)[0]}"
         self.results.append(result)
 
-    def _loads(self, mixture: Mixture) -> dict[str, dict[str, torch.Tensor]]:
+    def _draw_routing(self, mixture: Mixture) -> None:
         """The share of tokens of each skill that each expert served."""
-        panels = {}
-        for skill in SKILLS:
-            with torch.no_grad():
-                mixture.model(**collate([row for row in self.held_out if row["skill"] == skill], self.tokenizer))
-            routed = {name: stats.load for name, stats in mixture.stats().items() if len(stats.counts) > 1}
-            panels[skill] = routed
-        return panels
+        texts = ["".join(question_and_answer(row)) for row in self.held_out]
+        loads = routing_by_label(mixture, self.tokenizer, texts, [row["skill"] for row in self.held_out], "load", 64)
+        title = f"{mixture.config.method}: who serves which skill"
+        routing_heat_map(loads, self.out / "routing.png", measure="load", title=title)
 
     def _write(self, base: Mapping[str, float]) -> None:
         loss_curves({r.preset: r.losses for r in self.results if r.exact}, self.out / "losses.png")

@@ -1,0 +1,1 @@
+"""Measuring mixtures: lm-evaluation-harness, composite prompts, and pictures of the routing."""
