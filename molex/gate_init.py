@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from molex.errors import ConfigError
+from molex.layer import MixtureLinear
 from molex.library import expert_names
 from molex.mixture import Mixture
 from molex.routers import Router
@@ -105,11 +106,12 @@ def _inputs(
     def keep(name: str, x: Tensor) -> None:
         seen[name] = x.reshape(-1, x.shape[-1])[real_T.to(x.device)].float()
 
-    hooks = [stack.register_forward_hook(lambda module, args, output: keep(_HEAD, output[0]))]
-    for name in names:
-        if name != _HEAD:
-            layer: nn.Module = mixture.layers[name]
-            hooks.append(layer.register_forward_pre_hook(lambda module, args, name=name: keep(name, args[0])))
+    def keep_input(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, MixtureLinear)
+        keep(layer.name, args[0])
+
+    hooks = [mixture.layers[name].register_forward_pre_hook(keep_input) for name in names if name != _HEAD]
+    hooks.append(stack.register_forward_hook(lambda module, args, output: keep(_HEAD, output[0])))
     was_training = model.training
     try:
         with mixture.disabled():

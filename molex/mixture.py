@@ -194,9 +194,9 @@ class Mixture:
     def add_expert(self, source: "str | Path | Adapter", name: str) -> None:
         """One more expert after the others, from a folder that PEFT wrote; the others keep their numbers and weights.
 
-        It trains if the others do. A gate scores it 0 until its row is set (molex.gates_from_prompts) or trained; Arrow knows
-        its direction at once. Raises as `molex.from_peft` does, and ConfigError where router or experts are made for
-        a fixed number; the mixture is then as it was.
+        It trains if the others do. A gate scores it 0 until its row is set (molex.gates_from_prompts) or trained; Arrow
+        knows its direction at once. Raises as `molex.from_peft` does, and ConfigError where router or experts are made
+        for a fixed number; the mixture is then as it was.
         """
         self._check_alive()
         from molex.composing import add_expert  # reads adapters, so it is above this file
