@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from molex.cli import app
 from molex.merging import rules
+from recipes import merge_checkpoint
 
 PAGE = (Path(__file__).parents[2] / "docs" / "merging.md").read_text()
 
@@ -36,3 +37,13 @@ def test_every_rule_is_in_the_table() -> None:
         assert rules[name]().default_weights(4) == ((1 / 4,) * 4 if weight == "1/n" else (1.0,) * 4)
     for name, settings in re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|[^|]*\|$", PAGE, re.M):
         assert set(re.findall(r"`(\w+)`", settings)) == set(vars(rules[name]()))
+
+
+def test_recipe_trains_merges_and_tells(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--train_steps", "1", "--test_rows", "2", "--soup_steps", "1", "--weights", "0.5", "1.0"]
+    merge_checkpoint.main(["--skills", "upper", "sort", "--rules", "cat", "--out", str(tmp_path), *short])
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("base", "upper alone", "sort alone", "cat", "soup"))
+    named = [f"{skill}={tmp_path / skill / '0'}" for skill in ("upper", "sort")]
+    merge_checkpoint.main(["--adapters", *named, "--rules", "lego", *short])
+    assert "lego" in capsys.readouterr().out

@@ -11,9 +11,10 @@ import molex
 from molex.errors import ConfigError, StateError, TargetError
 from molex.merging import compare_merges, learn_soup, merge, merge_experts, merge_mixture, offered, rules, usage_weights
 from molex.mixture import Mixture
+from tests.cases import PRESETS
 from tests.merging.adapters import adapter_for
 from tests.merging.loras import dense
-from tests.models import batch_for, mixture_of, tiny
+from tests.models import batch_for, mixture_of, tiny, wake_experts
 
 
 def logits(mixture_or_model: Any) -> Tensor:
@@ -44,6 +45,24 @@ def test_constant_routing_merges_exactly(kind: str, make: str) -> None:
     assert not hasattr(model, "molex_mixture")
     torch.testing.assert_close(logits(merged), before, rtol=1e-4, atol=1e-5)
     assert (before - logits(tiny(kind))).abs().max() > 1e-2, "the experts do something"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("mos", PRESETS["mos"].overrides),
+        ("hydralora", {"router": "static", "num_experts": 3}),
+        ("smora", {"router": "static", "num_experts": 8}),
+        ("flylora", {"router": "static", "num_experts": 8}),
+    ],
+)
+def test_every_kind_of_columns_merges_exactly(method: str, settings: dict[str, Any]) -> None:
+    """Shared A, shards of pools, single ranks and sparse A are LoRAs as soon as routing is constant."""
+    mixture = molex.convert(tiny("llama"), molex.preset(method, **settings))
+    wake_experts(mixture.model)
+    before = logits(mixture)
+    torch.testing.assert_close(logits(merge_mixture(mixture)), before, rtol=1e-4, atol=1e-5)
+    assert (before - logits(tiny("llama"))).abs().max() > 1e-3
 
 
 def test_one_plain_lora_merges_exactly() -> None:

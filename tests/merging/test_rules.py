@@ -186,6 +186,9 @@ def test_iso_c_has_equal_singular_values() -> None:
     torch.testing.assert_close(dense(make_rule("iso_c").merge(loras, WEIGHTS)), wanted, **EXACT)
     twice = make_rule("iso_c").merge([loras[0], loras[0]], [0.5, 0.5])
     assert twice.A.shape[0] == 2, "directions beyond the range"
+    alone = make_rule("iso_c").merge([loras[0]], [1.0])
+    cancelled = make_rule("iso_c").merge([loras[0], loras[1], loras[1]], [1.0, 0.5, -0.5])
+    torch.testing.assert_close(dense(cancelled), dense(alone), rtol=1e-7, atol=1e-7)
 
 
 def test_lego_with_a_cluster_for_each_unit_is_the_sum() -> None:
