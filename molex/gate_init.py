@@ -1,12 +1,12 @@
 """Routers that know something before they are trained: rows from prompts' hidden states, or from experts' directions.
 
-    from prompts   row_e = c · (μ_e − μ) / ‖μ_e − μ‖        μ_e the mean input over e's own prompts, μ over everyone's
-    from experts   row_e = c · ± v_e                        v_e the top right singular vector of B_e A_e, as Arrow's
+    from prompts   W = argmin ‖X Wᵀ − Y‖² + λ ‖W‖²     X what the router reads over all prompts, Y whose prompt it is
+    from experts   row_e = ± v_e                       v_e the top right singular vector of B_e A_e, as Arrow's
 
-c = sharpness · √D / rms ‖x‖ makes scores of unit size whatever a router reads. The first is mergekit's hidden-state
-gate, taken at what each router itself reads: a gate its linear's input, X-LoRA's head the last hidden states. The
-second is Arrow (arXiv 2405.11157) without its |·|, which no linear map can take: the sign is the one that texts at hand
-lean to.
+The first is ridge regression, closed form, at what each router itself reads: a gate its linear's input while the
+prompt's own expert is at work, X-LoRA's head the last hidden states of the base. With a large λ its rows become the
+mean differences that mergekit sets its gates to. The second is Arrow (arXiv 2405.11157) without its |·|, which no
+linear map can take: the sign is the one that texts at hand lean to.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,23 +32,43 @@ def gates_from_prompts(
     prompts: Mapping[str, Sequence[str]],
     *,
     experts: Sequence[str] | None = None,
-    sharpness: float = 1.0,
+    ridge: float = 1e-3,
+    sharpness: float = 4.0,
 ) -> None:
-    """Sets the rows of `experts` (default: all that have prompts) from what the base makes of their prompts.
+    """Sets the rows of `experts` (default: all that have prompts) so that prompts choose their own expert.
 
-    prompts: by expert; two experts at least, so that there is something to tell apart. Raises ConfigError on unknown
-    experts, on no prompts, and where the router has no rows.
+    prompts: by expert; two experts at least, so that there is something to tell apart. ridge: λ in units of the inputs'
+    mean variance times their number. sharpness: by how much the right expert's score exceeds the others', on average.
+    Raises ConfigError on unknown experts, on no prompts, and where the router has no rows.
     """
-    routers = _routers(mixture)
+    routers, names = _routers(mixture), expert_names(mixture.layers)
     wanted = list(prompts) if experts is None else list(experts)
-    _check_prompts(expert_names(mixture.layers), prompts, wanted)
-    read = {expert: _inputs(mixture, tokenizer, texts, [*routers]) for expert, texts in prompts.items()}
+    _check_prompts(names, prompts, wanted)
+    read = {expert: _inputs(mixture, tokenizer, texts, [*routers], expert) for expert, texts in prompts.items()}
     for name, router in routers.items():
-        means = {expert: inputs[name].mean(0) for expert, inputs in read.items()}
-        middle_D = torch.stack([*means.values()]).mean(0)
-        square = sum(float(inputs[name].square().sum(1).mean()) for inputs in read.values()) / len(read)
-        rows = {expert_names(mixture.layers).index(expert): means[expert] - middle_D for expert in wanted}
-        _set_rows(router, rows, square, sharpness)
+        solved = fit_rows([inputs[name] for inputs in read.values()], ridge)
+        rows = {names.index(e): sharpness * row_D for e, row_D in zip(read, solved, strict=True) if e in wanted}
+        _set_rows(router, rows)
+
+
+def fit_rows(groups: Sequence[Tensor], ridge: float) -> Tensor:
+    """Ridge regression of which group (T_g, D) a token is in: (G, D), where a token's own group scores 1 above the mean
+    of the others, on average."""
+    x_TD = torch.cat([*groups]).double()
+    own_T = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(group) for group in groups])).to(x_TD.device)
+    y_TG = torch.nn.functional.one_hot(own_T, len(groups)).double()
+    y_TG -= y_TG.mean(0)
+    penalty = ridge * x_TD.square().sum() / min(x_TD.shape)
+    if x_TD.shape[0] > x_TD.shape[1]:
+        gram_DD = x_TD.T @ x_TD
+        rows_GD = torch.linalg.solve(gram_DD + penalty * torch.eye(len(gram_DD)).to(gram_DD), x_TD.T @ y_TG).T
+    else:  # the same, by as many equations as there are tokens
+        gram_TT = x_TD @ x_TD.T
+        rows_GD = torch.linalg.solve(gram_TT + penalty * torch.eye(len(gram_TT)).to(gram_TT), y_TG).T @ x_TD
+    scores_TG = x_TD @ rows_GD.T
+    own = scores_TG.gather(1, own_T[:, None]).squeeze(1)
+    margin = (own - (scores_TG.sum(1) - own) / (len(groups) - 1)).mean()
+    return rows_GD / margin.clamp(min=1e-12)
 
 
 def gates_from_experts(
@@ -56,19 +76,20 @@ def gates_from_experts(
 ) -> None:
     """Sets the gates' rows from the experts' own strongest input directions.
 
-    texts: any, to see which sign a direction leans to. Raises ConfigError where layers have no gates of their own, or
-    experts that are more than LoRAs.
+    texts: any, to see which sign a direction leans to. sharpness: the scores' usual size. Raises ConfigError where
+    layers have no gates of their own, or experts that are more than LoRAs.
     """
     routers = _routers(mixture)
     if not texts or _HEAD in routers:
         raise ConfigError("give texts, so that directions get a sign; and a router with a gate for each layer")
-    for name, x_TD in _inputs(mixture, tokenizer, texts, [*routers]).items():
+    for name, x_TD in _inputs(mixture, tokenizer, texts, [*routers], None).items():
         bank, rows = mixture.layers[name].experts, {}
+        size = sharpness * (x_TD.shape[1] / x_TD.square().sum(1).mean().clamp(min=1e-12)) ** 0.5
         for expert_id in range(bank.num_experts):
             lora = bank.expert(expert_id)
             direction_D = top_direction(lora.A, lora.B).to(x_TD)
-            rows[expert_id] = direction_D * (1 if float((x_TD @ direction_D).mean()) >= 0 else -1)
-        _set_rows(routers[name], rows, float(x_TD.square().sum(1).mean()), sharpness)
+            rows[expert_id] = size * direction_D * (1 if float((x_TD @ direction_D).mean()) >= 0 else -1)
+        _set_rows(routers[name], rows)
 
 
 def _routers(mixture: Mixture) -> dict[str, Router]:
@@ -95,9 +116,9 @@ def _check_prompts(names: list[str], prompts: Mapping[str, Sequence[str]], wante
 
 @torch.no_grad()
 def _inputs(
-    mixture: Mixture, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str]
+    mixture: Mixture, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str], expert: str | None
 ) -> dict[str, Tensor]:
-    """What routers read (T, D), padding left out, while the base alone runs over the texts."""
+    """What routers read (T, D), padding left out, while one expert, or the base alone, runs over the texts."""
     model, stack = mixture.model, find_stacks(mixture.model)[-1].module
     batch = tokenizer(list(texts), padding=True, return_tensors="pt").to(next(model.parameters()).device)
     real_T = batch["attention_mask"].flatten().bool()
@@ -114,7 +135,7 @@ def _inputs(
     hooks.append(stack.register_forward_hook(lambda module, args, output: keep(_HEAD, output[0])))
     was_training = model.training
     try:
-        with mixture.disabled():
+        with mixture.disabled() if expert is None or _HEAD in names else mixture.using(adapters=expert):
             model.eval()(**batch)
     finally:
         model.train(was_training)
@@ -124,10 +145,9 @@ def _inputs(
 
 
 @torch.no_grad()
-def _set_rows(router: Router, rows: Mapping[int, Tensor], square: float, sharpness: float) -> None:
-    """Rows (D,) by expert; square: the mean of ‖x‖² over tokens."""
+def _set_rows(router: Router, rows: Mapping[int, Tensor]) -> None:
+    """Rows (D,) by expert."""
     rows_GED = router.rows()
-    size = sharpness * (rows_GED.shape[-1] / max(square, 1e-12)) ** 0.5
     for expert_id, row_D in rows.items():
         if expert_id < rows_GED.shape[1]:
-            rows_GED[:, expert_id] = (size * row_D / row_D.norm().clamp(min=1e-12)).to(rows_GED)
+            rows_GED[:, expert_id] = row_D.to(rows_GED)

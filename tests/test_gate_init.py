@@ -1,15 +1,15 @@
 """Rows of gates and heads set from prompts and from experts, against their definitions."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 import molex
 from molex.errors import ConfigError
-from molex.gate_init import gates_from_experts, gates_from_prompts
+from molex.gate_init import fit_rows, gates_from_experts, gates_from_prompts
 from molex.mixture import Mixture
 from molex.workbench import load_tokenizer
 from tests.io.peft_folders import write_peft
@@ -28,42 +28,77 @@ def mixture_of(tmp_path: Path, router: Any = "meteora") -> Mixture:
     return molex.from_peft(model(), folders, router=router)
 
 
-def hidden(text: str, take: Callable[[Any], tuple[torch.Tensor, ...]]) -> torch.Tensor:
-    """One text alone through a plain base, without padding."""
-    ids = load_tokenizer()([text], return_tensors="pt")["input_ids"]
+def hidden(plain: Any, text: str, layer: str) -> torch.Tensor:
+    """What a linear of a plain model reads (T, D) for one text alone, without padding."""
+    seen: list[torch.Tensor] = []
+    hook = plain.get_submodule(layer).register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     with torch.no_grad():
-        return take(model()(ids, output_hidden_states=True))[0]
+        plain(load_tokenizer()([text], return_tensors="pt")["input_ids"])
+    hook.remove()
+    return seen[0]
 
 
-def cosine_rows(rows_ED: torch.Tensor, states: dict[str, list[torch.Tensor]]) -> None:
-    """row_e is a positive multiple of μ_e − μ."""
-    means = {name: torch.cat(parts).mean(0) for name, parts in states.items()}
-    middle_D = torch.stack([*means.values()]).mean(0)
-    for row_D, mean_D in zip(rows_ED, means.values(), strict=True):
-        assert float(torch.cosine_similarity(row_D, mean_D - middle_D, dim=0)) == pytest.approx(1, abs=1e-4)
+def read_by(layer: str, folders: Path | None) -> list[torch.Tensor]:
+    """What that layer reads for each expert's prompts, that expert at work (PEFT's own), or the base."""
+    groups = []
+    for name, texts in PROMPTS.items():
+        plain = model() if folders is None else PeftModel.from_pretrained(model(), folders / name).base_model.model
+        groups.append(torch.cat([hidden(plain, text, layer) for text in texts]))
+    return groups
 
 
-def test_a_gate_gets_the_direction_of_its_prompts(tmp_path: Path) -> None:
+def naive_ridge(groups: list[torch.Tensor], ridge: float) -> torch.Tensor:
+    """The minimiser by least squares over stacked equations, unscaled."""
+    x_TD = torch.cat(groups).double()
+    y_TG = torch.cat([torch.full((len(g),), i) for i, g in enumerate(groups)])
+    y_TG = torch.eye(len(groups)).double()[y_TG]
+    y_TG = y_TG - y_TG.mean(0)
+    penalty = ridge * x_TD.square().sum() / min(x_TD.shape)
+    stacked = torch.cat([x_TD, penalty.sqrt() * torch.eye(x_TD.shape[1]).double()])
+    zeros = torch.zeros(x_TD.shape[1], len(groups)).double()
+    return torch.linalg.lstsq(stacked, torch.cat([y_TG, zeros])).solution.T
+
+
+def assert_same_direction(rows_ED: torch.Tensor, wanted_ED: torch.Tensor) -> None:
+    cosines = torch.cosine_similarity(rows_ED.double(), wanted_ED.double(), dim=1)
+    torch.testing.assert_close(cosines, torch.ones_like(cosines), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("ridge", [1e-2, 1.0])
+def test_a_gate_solves_ridge_regression_at_what_it_reads(ridge: float, tmp_path: Path) -> None:
     mixture = mixture_of(tmp_path)
-    gates_from_prompts(mixture, load_tokenizer(), PROMPTS)
-    norm: Any = model().model.layers[1].input_layernorm
-    states = {
-        n: [norm(hidden(text, lambda out: out.hidden_states[1])) for text in texts] for n, texts in PROMPTS.items()
-    }
-    router: Any = mixture.layers["model.layers.1.self_attn.q_proj"].router
-    cosine_rows(router.gate.weight, states)
-    scores = torch.cat([part for parts in states.values() for part in parts]) @ router.gate.weight.T
-    assert 0.3 < float(scores.std()) < 3
+    gates_from_prompts(mixture, load_tokenizer(), PROMPTS, ridge=ridge, sharpness=3.0)
+    for name, layer in mixture.layers.items():
+        groups = read_by(name, tmp_path)
+        rows_ED: Any = layer.router.gate.weight  # type: ignore[union-attr]
+        assert_same_direction(rows_ED, naive_ridge(groups, ridge))
+        margins = [(g @ rows_ED.T)[:, i] - (g @ rows_ED.T)[:, 1 - i] for i, g in enumerate(groups)]
+        assert float(torch.cat(margins).mean()) == pytest.approx(3.0, rel=1e-3)
 
 
-def test_an_xlora_head_gets_the_direction_in_the_last_hidden_states(tmp_path: Path) -> None:
+def test_with_more_tokens_than_features_it_is_the_same(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = [torch.randn(40, 6, generator=generator) + shift for shift in (0.0, 1.0, -2.0)]
+    for few in (groups, [group[:1] for group in groups]):
+        assert_same_direction(fit_rows(few, 0.1), naive_ridge(few, 0.1))
+
+
+def test_a_large_penalty_gives_mean_differences(tmp_path: Path) -> None:
+    mixture = mixture_of(tmp_path)
+    gates_from_prompts(mixture, load_tokenizer(), PROMPTS, ridge=1e6)
+    name = "model.layers.0.self_attn.q_proj"
+    law_TD, code_TD = read_by(name, None)
+    difference_D = law_TD.mean(0) - code_TD.mean(0)
+    assert_same_direction(mixture.layers[name].router.gate.weight, torch.stack([difference_D, -difference_D]))  # type: ignore[union-attr, arg-type]
+
+
+def test_an_xlora_head_reads_the_bases_last_hidden_states(tmp_path: Path) -> None:
     mixture = mixture_of(tmp_path, molex.preset("xlora", layerwise=True))
-    gates_from_prompts(mixture, load_tokenizer(), PROMPTS)
-    states = {n: [hidden(text, lambda out: out.hidden_states[-1]) for text in texts] for n, texts in PROMPTS.items()}
+    gates_from_prompts(mixture, load_tokenizer(), PROMPTS, ridge=1e-2)
     rows_GED = mixture.head.rows()  # type: ignore[union-attr]
     assert rows_GED.shape == (4, 2, 32)
     for rows_ED in rows_GED:
-        cosine_rows(rows_ED, states)
+        assert_same_direction(rows_ED, naive_ridge(read_by("lm_head", None), 1e-2))
 
 
 def test_rows_of_one_expert_leave_the_others(tmp_path: Path) -> None:
