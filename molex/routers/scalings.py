@@ -100,8 +100,15 @@ class ScalingsRouter(Router):
         if self.config.top_k is not None:
             weights_TK, ids_TK = weights_TE.topk(self.config.top_k, dim=-1)
             chosen = Routing(ids_TK, weights_TK, logits_TE, self.num_experts)
-        weights_TK = chosen.weights.softmax(-1) if self.config.softmax_top_k else chosen.weights
+        weights_TK = _softmax_of_nonzero(chosen.weights) if self.config.softmax_top_k else chosen.weights
         return chosen._replace(weights=weights_TK * self.config.global_weight)
+
+
+def _softmax_of_nonzero(weights_TK: Tensor) -> Tensor:
+    """As in PEFT, a weight of 0 stays 0: a sharp first softmax rounds small weights to it."""
+    zero_TK = weights_TK == 0
+    lowest = torch.finfo(weights_TK.dtype).min  # -inf would give nan gradients where all are 0
+    return weights_TK.masked_fill(zero_TK, lowest).softmax(-1).masked_fill(zero_TK, 0)
 
 
 class _WideLinear(nn.Linear):

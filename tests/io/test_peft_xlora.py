@@ -113,6 +113,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "top 2": {"top_k_lora": 2, "layerwise_scalings": True},
     "top 2, softmax after": {"top_k_lora": 2, "enable_softmax": False, "enable_softmax_topk": True},
     "softmax twice": {"top_k_lora": 2, "enable_softmax_topk": True},
+    "softmax twice, the first so sharp that it gives zeros": {"enable_softmax_topk": True, "softmax_temperature": 0.01},
 }
 
 
