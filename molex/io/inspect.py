@@ -16,6 +16,10 @@ from molex.io.record import CONFIG_FILE, TENSOR_FILE, LayerRecord, MixtureRecord
 from molex.routers import routers
 
 _ADAPTER_CONFIG, _ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_IMPORTED = {
+    "XLORA": "a PEFT X-LoRA, a router over adapters that lie elsewhere: molex.from_peft_xlora(model, path)",
+    "MIXLORA": "a MixLoRA of MoE-PEFT: molex.from_moe_peft(model, path, allow_bin=True)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,10 +115,11 @@ def _describe_layer(
 
 def _describe_adapter(folder: Path) -> Description:
     config = read_json(folder / _ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{folder} is a PEFT adapter of type {config.get('peft_type')!r}; only LORA is known here"
-        )
+    kind = str(config.get("peft_type"))
+    if kind in _IMPORTED:
+        raise CheckpointError(f"{folder} is {_IMPORTED[kind]} makes it a mixture; save that, and inspect it")
+    if kind != "LORA":
+        raise CheckpointError(f"{folder} is a PEFT adapter of type {kind!r}; only LORA is known here")
     headers = _adapter_headers(folder)
     layers = tuple(_describe_pair(name, headers) for name in headers if name.endswith(".lora_A.weight"))
     if not layers:

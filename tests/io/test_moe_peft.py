@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 
 import molex
 from molex.errors import MolexError
+from molex.io.inspect import describe
 from molex.io.moe_peft import from_moe_peft
 from molex.layer import MixtureLinear
 from tests.models import VOCABULARY, tiny
@@ -324,3 +325,8 @@ def test_two_stacks_are_refused(tmp_path: Path) -> None:
     model.vision = deepcopy(model.model)
     with pytest.raises(MolexError, match=r"model\.layers\.0.* and vision\.layers\.0.* are both layers\.0"):
         from_moe_peft(model, folder, allow_bin=True)
+
+
+def test_inspecting_one_says_who_reads_it(tmp_path: Path) -> None:
+    with pytest.raises(MolexError, match=r"molex\.from_moe_peft\(model, path, allow_bin=True\) makes it a mixture"):
+        describe(write(tmp_path / "m", tiny("llama")))

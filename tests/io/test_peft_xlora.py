@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import molex
 from molex.errors import MolexError
+from molex.io.inspect import describe
 from molex.io.peft import read_adapter
 from molex.io.peft_xlora import from_peft_xlora
 from tests.io.peft_folders import write_peft
@@ -307,3 +308,8 @@ def test_an_expert_that_is_more_than_a_lora_is_named(saved: Path, experts: dict[
     refused(tiny("llama"), saved, experts | {"1": dora}, match=r"expert '1' of .*use_dora=True")
     (dora / CONFIG).write_text("{")
     refused(tiny("llama"), dora, match="is damaged")
+
+
+def test_inspecting_one_says_who_reads_it(saved: Path) -> None:
+    with pytest.raises(MolexError, match=r"molex\.from_peft_xlora\(model, path\) makes it a mixture"):
+        describe(saved)
