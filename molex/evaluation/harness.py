@@ -12,10 +12,11 @@ inside `with mixture.using(tasks=[number])`.
 
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -77,20 +78,40 @@ def evaluate(
         raise ConfigError("nothing to evaluate: give at least one model and one task")
     if batch_size < 1 or (limit is not None and limit < 2):
         raise ConfigError(f"batch_size={batch_size}, limit={limit}: give at least 1, and 2 samples for an error bar")
-    manager = _task_manager(tasks, include_path)
     scores: list[Score] = []
-    base_wanted = with_base and BASE not in models
-    for name, subject in models.items():
-        model = open_model(subject, device)
-        beside = open_tokenizer(tokenizer, model, subject)
-        mixture: Mixture | None = getattr(model, "molex_mixture", None)
-        columns = [BASE, name] if base_wanted and mixture is not None else [name]
-        base_wanted = base_wanted and mixture is None
-        for column in columns:
-            off = mixture.disabled() if mixture is not None and column != name else nullcontext()
-            with off, evaluating(model), _seeds_kept():
-                scores += _scores(column, _run(model, beside, tasks, manager, limit, batch_size, apply_chat_template))
+    with _seeds_kept():
+        run = partial(
+            _run,
+            tasks=list(tasks),
+            manager=_task_manager(tasks, include_path),
+            limit=limit,
+            batch_size=batch_size,
+            apply_chat_template=apply_chat_template,
+        )
+        for name, subject in models.items():
+            base_wanted = with_base and BASE not in models and all(score.model != BASE for score in scores)
+            scores += _of_model(name, subject, tokenizer, device, base_wanted, run)
     return scores
+
+
+def _of_model(
+    name: str,
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None,
+    device: str | None,
+    with_base: bool,
+    run: Callable[..., Mapping[str, Any]],
+) -> list[Score]:
+    """One model's columns. What is loaded here is let go at the end."""
+    model = open_model(subject, device)
+    beside = open_tokenizer(tokenizer, model, subject)
+    mixture: Mixture | None = getattr(model, "molex_mixture", None)
+    scores: list[Score] = []
+    with evaluating(model):
+        if with_base and mixture is not None:
+            with mixture.disabled():
+                scores += _scores(BASE, run(model, beside))
+        return scores + _scores(name, run(model, beside))
 
 
 def side_by_side(scores: Sequence[Score]) -> list[dict[str, str]]:
@@ -139,7 +160,8 @@ def _task_manager(tasks: Sequence[Task], include_path: str | Path | None) -> "Ta
 def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
+    *,
+    tasks: list[Task],
     manager: "TaskManager",
     limit: int | None,
     batch_size: int,
@@ -152,7 +174,7 @@ def _run(
     harness, adapters = cast(Any, lm_eval), cast(Any, huggingface)  # decorators hide their signatures
     return harness.simple_evaluate(
         model=adapters.HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
-        tasks=list(tasks),
+        tasks=tasks,
         task_manager=manager,
         limit=limit,
         apply_chat_template=apply_chat_template,

@@ -91,8 +91,9 @@ def routing_heat_map(
     """
     if not panels or not all(panels.values()):
         raise ConfigError("no routing to draw: give at least one panel with one layer")
-    grids = {name: _padded(panel) for name, panel in panels.items()}
-    width = max(grid.shape[1] for grid in grids.values())
+    layers = list(dict.fromkeys(layer for panel in panels.values() for layer in panel))
+    width = max(len(values) for panel in panels.values() for values in panel.values())
+    grids = {name: _padded(panel, layers, width) for name, panel in panels.items()}
     figure = new_figure(max(2.2, 0.28 * width) * len(panels) + 2.5, 5)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     finite = torch.cat([grid[~grid.isnan()] for grid in grids.values()])
@@ -101,7 +102,7 @@ def routing_heat_map(
     for place, (name, grid) in zip(axes, grids.items(), strict=True):
         image = place.imshow(grid.numpy(), aspect="auto", vmin=low, vmax=high, cmap="viridis")
         place.set(title=name, xlabel="expert")
-        place.set_yticks(range(len(grid)), [_short(layer) for layer in panels[name]], fontsize=6)
+        place.set_yticks(range(len(layers)), [_short(layer) for layer in layers], fontsize=6)
         if 0 < len(experts) <= _MOST_NAMES:
             place.set_xticks(range(len(experts)), experts, rotation=90, fontsize=7)
     figure.colorbar(image, ax=axes, label=_AXIS[measure])
@@ -109,12 +110,12 @@ def routing_heat_map(
     write_figure(figure, Path(path))
 
 
-def _padded(panel: Panel) -> Tensor:
-    """(layers, most experts), NaN where a layer has fewer."""
-    width = max(len(values) for values in panel.values())
-    rows = torch.full((len(panel), width), float("nan"))
-    for row, values in zip(rows, panel.values(), strict=True):
-        row[: len(values)] = values
+def _padded(panel: Panel, layers: Sequence[str], width: int) -> Tensor:
+    """(layers, width), NaN where a layer has fewer experts or the panel lacks it."""
+    rows = torch.full((len(layers), width), float("nan"))
+    for row, layer in zip(rows, layers, strict=True):
+        if layer in panel:
+            row[: len(panel[layer])] = panel[layer]
     return rows
 
 
