@@ -120,6 +120,14 @@ def test_bfloat16_is_rounded_once(dtype: torch.dtype | None, tmp_path: Path) -> 
     assert in_config == str(dtype or torch.bfloat16).removeprefix("torch.")
 
 
+def test_a_16_bit_model_in_memory_is_rounded_once_too() -> None:
+    model = tiny("llama").bfloat16()
+    (name, lora), *_ = adapter_for(model, ("q_proj",)).factors.items()
+    exact = model.get_submodule(name).weight.detach().float().addmm(lora.scale * lora.B, lora.A)
+    merge(model, {"a": {name: lora}})
+    assert (model.get_submodule(name).weight == exact.bfloat16()).float().mean() > 0.99
+
+
 def test_prefixes_may_be_missing_or_added_on_disk(tmp_path: Path) -> None:
     """GPT-2's published files say h.0..., the model says transformer.h.0..."""
     base = saved_base(tmp_path / "base", "gpt2")
