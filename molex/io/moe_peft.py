@@ -36,7 +36,8 @@ from molex.mixture import Mixture
 from molex.presets import preset
 from molex.routers.base import GatedRouter
 
-_LINEAR = re.compile(r"(?:.*\.)?(layers\.\d+\.(?:mlp|self_attn)\.\w+)")
+_PARTS = ("mlp", "self_attn")
+_LINEAR = re.compile(rf"(?:.*\.)?(layers\.\d+\.(?:{'|'.join(_PARTS)})\.\w+)")
 
 
 def from_moe_peft(
@@ -195,9 +196,6 @@ class _Saved:
             )
         except ConfigError as error:
             raise CheckpointError(f"{self.folder / CONFIG_FILE}: {error}") from error
-
-
-_PARTS = ("mlp", "self_attn")
 
 
 def _rank(config: Mapping[str, Any]) -> int:
