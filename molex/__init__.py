@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from molex.experts import LoRA
     from molex.gate_init import gates_from_experts, gates_from_prompts
     from molex.io.loading import load
+    from molex.io.moe_peft import from_moe_peft
+    from molex.io.peft_xlora import from_peft_xlora
     from molex.merging import merge
     from molex.mixture import Mixture
     from molex.presets import preset
@@ -36,6 +38,8 @@ _HOMES = {
     "RouteContext": "molex.routing",
     "Routing": "molex.routing",
     "convert": "molex.surgery",
+    "from_moe_peft": "molex.io.moe_peft",
+    "from_peft_xlora": "molex.io.peft_xlora",
     "gates_from_experts": "molex.gate_init",
     "gates_from_prompts": "molex.gate_init",
     "load": "molex.io.loading",
@@ -51,7 +55,9 @@ __all__ = [
     "Routing",
     "allocate",
     "convert",
+    "from_moe_peft",
     "from_peft",
+    "from_peft_xlora",
     "gates_from_experts",
     "gates_from_prompts",
     "load",

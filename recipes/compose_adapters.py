@@ -1,0 +1,194 @@
+"""Single-skill adapters, trained with PEFT, become one mixture: does routing keep what each of them knows?
+
+    python recipes/compose_adapters.py                                   ten skills, one seed
+    python recipes/compose_adapters.py --seeds 0,1,2 --out docs/composing    with spread
+    python recipes/compose_adapters.py --skills upper,ends --adapter_steps 60 --router_steps 20
+
+Rows are the base; each skill's own adapter (the oracle); the uniform merge and TIES, which need no router; Arrow, which
+needs no training; and routers trained on all skills at once: MeteoRA's gates, its gates together with the LoRAs (as its
+released script does), X-LoRA's head, LoRA-Mixer's second stage. MeteoRA's claim is that routing stays near the oracle.
+
+The adapters change layers 2 and up: what a prompt asks for is not yet in the states that lower layers read (a linear
+probe on the text's tokens names the skill for 16% of them at layer 0, 79% at layer 1, 98% from layer 2 on), so that no
+router there could know. Routers start from --start_prompts prompts of each skill (molex.gates_from_prompts).
+
+Every cell is one JSON file under --out/cells; one that exists is not run again.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+from transformers import HfArgumentParser
+
+import molex
+from molex.composing import from_peft
+from molex.errors import ConfigError
+from molex.mixture import Mixture
+from molex.workbench import collate, dataset, exact_match, load_base, load_tokenizer, question_and_answer
+from molex.workbench.training import Run, fit
+
+TOKENIZER = load_tokenizer()
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass
+class Arguments:
+    """What to run."""
+
+    out: str = field(default="runs/composing", metadata={"help": "Where adapters, cells, mixtures and the table go."})
+    skills: str = "reverse,upper,shift,ends,inner,vowels,mirror,triple,flip,descend"
+    rows: str = field(default="", metadata={"help": "Comma-separated row names; all by default."})
+    seeds: str = field(default="0", metadata={"help": "Comma-separated; processes with others may share --out."})
+    adapter_steps: int = 120
+    router_steps: int = 60
+    start_prompts: int = field(default=24, metadata={"help": "Prompts of each skill that routers start from."})
+    test: int = field(default=100, metadata={"help": "Test questions for each skill."})
+
+
+def learn_adapters(arguments: Arguments, skills: list[str], seed: int) -> dict[str, Path]:
+    """One LoRA for each skill, trained and saved by PEFT alone; folders by skill."""
+    folders = {skill: Path(arguments.out) / "adapters" / str(seed) / skill for skill in skills}
+    for skill, folder in folders.items():
+        if folder.exists():
+            continue
+        torch.manual_seed(seed)
+        layers = list(range(2, load_base().config.num_hidden_layers))
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, layers_to_transform=layers)
+        model = peft.get_peft_model(load_base(), config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.adapter_steps)
+        rows = dataset([skill], "train", 48 * arguments.adapter_steps, seed=seed)
+        for step in range(arguments.adapter_steps):
+            model(**collate(rows[48 * step : 48 * (step + 1)], TOKENIZER), use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        model.save_pretrained(str(folder))
+    return folders
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The skills of one comparison, the adapters of one seed, and what becomes of them."""
+
+    arguments: Arguments
+    skills: list[str]
+    adapters: dict[str, Path]
+    seed: int
+
+    def score(self, model: nn.Module, split: str = "test") -> dict[str, float]:
+        """Exact match by skill."""
+        each = self.arguments.test
+        return {skill: exact_match(model, TOKENIZER, dataset([skill], split, each)) for skill in self.skills}
+
+    def base(self) -> dict[str, float]:
+        return self.score(load_base().eval())
+
+    def oracle(self) -> dict[str, float]:
+        """Each skill by its own adapter, as one expert of a mixture: bit for bit PEFT's own model up to rounding."""
+        mixture = from_peft(load_base(), self.adapters, router="arrow")
+        scores = {}
+        for skill in self.skills:
+            with mixture.using(adapters=skill):
+                scores[skill] = exact_match(mixture.model, TOKENIZER, dataset([skill], "test", self.arguments.test))
+        return scores
+
+    def merged(self, rule: str) -> dict[str, float]:
+        """All adapters folded into the base."""
+        model = molex.merge(load_base(), self.adapters, rule=rule)
+        assert isinstance(model, nn.Module)
+        return self.score(model.eval())
+
+    def routed(self, router: str, **settings: Any) -> dict[str, float]:
+        """A router over the adapters, started from prompts where it can be, and trained on all skills at once."""
+        torch.manual_seed(self.seed)
+        config = molex.preset(router, **settings)
+        mixture = from_peft(load_base(), self.adapters, router=config)
+        if mixture.trainable_parameters():
+            self.start(mixture)
+            steps = self.arguments.router_steps
+            run = Run(steps=steps, learning_rate=1e-3)
+            fit(mixture, TOKENIZER, dataset(self.skills, "train", steps * run.batch_size, seed=self.seed), run)
+        mixture.save(Path(self.arguments.out) / "mixtures" / str(self.seed) / router)
+        return self.score(mixture.model.eval())
+
+    def start(self, mixture: Mixture) -> None:
+        """Questions with their answers, so that routers know the states of both."""
+        count = self.arguments.start_prompts
+        rows = {skill: dataset([skill], "train", count, seed=self.seed) for skill in self.skills}
+        prompts = {skill: ["".join(question_and_answer(row)) for row in rows[skill]] for skill in self.skills}
+        molex.gates_from_prompts(mixture, TOKENIZER, prompts)
+
+
+ROWS: dict[str, Callable[[Bench], dict[str, float]]] = {
+    "base": Bench.base,
+    "own adapter (oracle)": Bench.oracle,
+    "uniform merge": lambda bench: bench.merged("linear"),
+    "TIES": lambda bench: bench.merged("ties"),
+    "arrow": lambda bench: bench.routed("arrow"),
+    "meteora": lambda bench: bench.routed("meteora"),
+    "meteora, gates and LoRAs": lambda bench: bench.routed("meteora", train_experts=True),
+    "xlora": lambda bench: bench.routed("xlora"),
+    "lora-mixer": lambda bench: bench.routed("lora-mixer", stage="soft", train_experts=False),
+}
+
+
+def run_cell(bench: Bench, row: str) -> dict[str, float]:
+    """A cell's scores, from its file or by running it; the file is written whole or not at all."""
+    name = f"{row.replace(', ', '-').replace(' ', '-')}-seed-{bench.seed}.json"
+    path = Path(bench.arguments.out) / "cells" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in asdict(bench.arguments).items() if key not in ("out", "rows", "seeds")}
+    if not path.exists():
+        started = time.monotonic()
+        record = {"row": row, "seed": bench.seed, "settings": settings, "torch": torch.__version__}
+        record |= {"scores": ROWS[row](bench), "seconds": time.monotonic() - started}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n")
+        partial.rename(path)
+        print(f"{row}, seed {bench.seed}: {fmean(record['scores'].values()):.3f}", flush=True)
+    record = json.loads(path.read_text())
+    if record["settings"] != settings:
+        raise ConfigError(f"{path} was run with {record['settings']}, not with {settings}; choose another --out")
+    return record["scores"]
+
+
+def table(cells: dict[str, list[dict[str, float]]], skills: list[str]) -> str:
+    """Rows as a Markdown table: each skill's mean over seeds, and the mean over skills with its spread over seeds."""
+    lines = [f"| row | {' | '.join(skills)} | mean | seeds |", "|---" * (len(skills) + 3) + "|"]
+    for row, seeds in cells.items():
+        by_skill = " | ".join(f"{fmean(scores[skill] for scores in seeds):.2f}" for skill in skills)
+        means = [fmean(scores.values()) for scores in seeds]
+        spread = f" ± {stdev(means):.3f}" if len(means) > 1 else ""
+        lines.append(f"| {row} | {by_skill} | {fmean(means):.3f}{spread} | {len(means)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    skills = arguments.skills.split(",")
+    wanted = arguments.rows.split(";") if arguments.rows else list(ROWS)
+    unknown = [row for row in wanted if row not in ROWS]
+    if unknown:
+        raise ConfigError(f"no row {unknown[0]!r}; choose from (separated by ';'): {'; '.join(ROWS)}")
+    cells: dict[str, list[dict[str, float]]] = {row: [] for row in wanted}
+    for seed in map(int, arguments.seeds.split(",")):
+        bench = Bench(arguments, skills, learn_adapters(arguments, skills, seed), seed)
+        for row in wanted:
+            cells[row].append(run_cell(bench, row))
+    text = table(cells, skills)
+    (Path(arguments.out) / "table.md").write_text(f"{text}\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
