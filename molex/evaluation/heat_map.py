@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molex.checks import check_choice
-from molex.errors import ConfigError
+from molex.errors import ConfigError, TargetError
 from molex.evaluation.figures import new_figure, write_figure
 from molex.evaluation.gates import expert_gates, routed_layers
 from molex.evaluation.opening import evaluating
@@ -39,11 +39,13 @@ def routing_by_label(
     """{label: {layer: (E,)}} over all tokens of the texts with that label, in the order in which labels appear.
 
     Methods that route by task need `with mixture.using(tasks=[number])` around the call.
-    Raises ConfigError where texts and labels differ in number, or nothing is routed.
+    Raises ConfigError where texts and labels differ in number, or nothing is routed; TargetError on encoder-decoders.
     """
     check_choice("measure", measure, tuple(_AXIS))
     if not texts or len(texts) != len(labels):
         raise ConfigError(f"{len(texts)} texts and {len(labels)} labels; give a label for each text, and at least one")
+    if getattr(mixture.model.config, "is_encoder_decoder", False):
+        raise TargetError("an encoder-decoder's question and answer are two texts; routing is shown for one")
     routed_layers(mixture)
     size = 1 if tokenizer.pad_token_id is None else batch_size
     found = {}

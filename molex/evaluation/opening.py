@@ -67,13 +67,16 @@ def open_tokenizer(
         return given
     own = [subject] if isinstance(subject, str | Path) else []
     places = [*own, model.config.name_or_path] if given is None else [given]
+    tried = []
     for place in filter(None, map(str, places)):
-        if not Path(place).is_dir() or any(Path(place).glob("tokenizer*")):
-            try:
-                return AutoTokenizer.from_pretrained(place)
-            except (OSError, ValueError):
-                continue
-    raise CheckpointError(f"no tokenizer in {' or '.join(map(str, filter(None, places))) or 'memory'}; pass tokenizer=")
+        if Path(place).is_dir() and not any(Path(place).glob("tokenizer*")):
+            tried.append(f"{place} has none")  # transformers would make up an empty one from the model's type
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError) as error:
+            tried.append(f"{place}: {str(error).splitlines()[0]}")
+    raise CheckpointError(f"no tokenizer ({'; '.join(tried) or 'the model was made in memory'}); pass tokenizer=")
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import molex
-from molex.errors import ConfigError
+from molex.errors import ConfigError, TargetError
 from molex.evaluation import figures
 from molex.evaluation.heat_map import Measure, routing_by_label, routing_heat_map
 from molex.evaluation.rows import labelled_texts, read_rows
 from molex.mixture import Mixture
 from molex.workbench import load_base, load_tokenizer
-from tests.models import SMALL, wake_experts
+from tests.models import SMALL, mixture_of, wake_experts
 
 TEXTS = ["upper: abc", "sort: hello there\n= ", "upper: a", "upper: abcdefgh\n= ABCDEFGH"]
 LABELS = ["upper", "sort", "upper", "upper"]
@@ -85,6 +85,8 @@ def test_wrong_input_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         routing_by_label(mixture, tokenizer, ["a"], ["x"], "most")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no layer has more than one expert"):
         routing_by_label(mixture_by("lora", num_experts=1), tokenizer, ["a"], ["x"])
+    with pytest.raises(TargetError, match="an encoder-decoder"):
+        routing_by_label(mixture_of("t5", targets=("all",)), tokenizer, ["a"], ["x"])
     with pytest.raises(ConfigError, match="no routing to draw"):
         routing_heat_map({}, tmp_path / "map.png")
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
