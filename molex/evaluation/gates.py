@@ -2,14 +2,17 @@
 
 from torch import Tensor
 
-from molex.errors import ConfigError
+from molex.errors import ConfigError, StateError
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 from molex.routing import Decision
 
 
 def routed_layers(mixture: Mixture) -> dict[str, MixtureLinear]:
-    """The layers that choose between experts. Raises ConfigError where none has more than one."""
+    """The layers that choose between experts. Raises ConfigError where none has more than one, StateError where the
+    mixture is disabled."""
+    if not mixture.state.enabled:
+        raise StateError("the experts are off, so nothing is routed; leave `with mixture.disabled()` first")
     found = {n: layer for n, layer in mixture.layers.items() if not layer.plain and layer.experts.num_experts > 1}
     if not found:
         raise ConfigError(f"{mixture.config.method}: no layer has more than one expert, so there is no routing to show")

@@ -96,7 +96,7 @@ def routing_heat_map(
     layers = list(dict.fromkeys(layer for panel in panels.values() for layer in panel))
     width = max(len(values) for panel in panels.values() for values in panel.values())
     grids = {name: _padded(panel, layers, width) for name, panel in panels.items()}
-    figure = new_figure(max(2.2, 0.28 * width) * len(panels) + 2.5, 5)
+    figure = new_figure(max(2.2, 0.28 * width) * len(panels) + 2.5, max(5, 0.1 * len(layers)))
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     finite = torch.cat([grid[~grid.isnan()] for grid in grids.values()])
     low, high = min(0.0, float(finite.min())), max(1.0, float(finite.max()))

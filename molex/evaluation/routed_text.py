@@ -39,8 +39,8 @@ def generate_routed(
 ) -> RoutedText:
     """Greedy continuation of a prompt, recorded; special tokens show in the text.
 
-    Raises ConfigError on an empty prompt, and where nothing is routed; TargetError on a model that does not continue
-    texts.
+    Raises ConfigError on an empty prompt, and where nothing is routed; StateError where the experts are off;
+    TargetError on a model that does not continue texts.
     """
     model = mixture.model
     _check_continues(model)
@@ -55,7 +55,7 @@ def generate_routed(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad
         )
     ids = output_1S[0].tolist()
-    width = max(layer.experts.num_experts for layer in layers.values())
+    width = len(mixture.experts)
     rows = {}
     for name, layer in layers.items():
         if name in steps[0]:

@@ -220,6 +220,9 @@ def test_what_has_no_page_is_told(tmp_path: Path) -> None:
         write_page(mixture_of("bert_classifier", targets=("all",)), tokenizer, "a", out)
     with pytest.raises(ConfigError, match="max_new_tokens=0"):
         write_page(workbench_mixture("mola"), tokenizer, "a", out, max_new_tokens=0)
+    off = workbench_mixture("mola")
+    with off.disabled(), pytest.raises(StateError, match="the experts are off"):
+        write_page(off, tokenizer, "a", out)
     assert not list(tmp_path.iterdir())
 
 
