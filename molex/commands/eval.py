@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import molex
+from molex.commands.composite import refuse_beside_composite, show_composite
 from molex.commands.console import Json, console, table
 from molex.errors import ConfigError
 
@@ -32,12 +33,21 @@ def eval(
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the tokenizer's chat template.")] = False,
     base: Annotated[bool, typer.Option(help="Also the mixture with its experts off.")] = True,
-    out: Annotated[Path | None, typer.Option(help="A JSON file for the scores and how they came about.")] = None,
+    composite: Annotated[
+        str, typer.Option(help="Ask several tasks in one prompt, such as 3,5,10 of them; docs/composite.md.")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="A JSON file for the scores; with --composite a folder.")] = None,
     as_json: Json = False,
 ) -> None:
     """Evaluate a mixture, its base and other models on the same tasks. Offline where the tasks are."""
     from molex.evaluation.harness import check_harness, evaluate, side_by_side
 
+    if composite:
+        refuse_beside_composite(
+            {"commonsense": commonsense, "model": model, "include-path": include_path, "chat": chat}
+        )
+        show_composite(path, composite, tasks, tokenizer, limit or 200, batch_size, out, as_json)
+        return
     check_harness()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is on purpose here: a model in memory
     columns = {"model": path, **_columns(model or [])}

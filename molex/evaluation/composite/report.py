@@ -20,17 +20,15 @@ Row = dict[str, str]
 
 
 def score_rows(report: CompositeReport) -> list[Row]:
-    """A row for each line: attempted, right answers, prompts all right, then each task."""
-    tasks = [*next(iter(report.lines.values())).by_task]
-    rows = []
+    """A column for each line; rows: answers attempted, right ones, prompts all right, then each task's score."""
+    rows: dict[str, Row] = {what: {"": what} for what in ("attempted", "right", "all right", *_tasks(report))}
     for who, scores in report.lines.items():
-        whole = "" if scores.all_right is None else show(scores.all_right)
-        head = {"who": who, "attempted": show(scores.attempted), "right": show(scores.correct), "all right": whole}
-        rows.append({**head, **{task: show(scores.by_task[task]) for task in tasks}})
-    for who, by_task in report.alone.items():
-        shown = {task: show(by_task[task]) if task in by_task else "" for task in tasks}
-        rows.append({"who": who, "attempted": "", "right": "", "all right": "", **shown})
-    return rows
+        rows["attempted"][who], rows["right"][who] = show(scores.attempted), show(scores.correct)
+        rows["all right"][who] = "" if scores.all_right is None else show(scores.all_right)
+    for who, by_task in {**{who: scores.by_task for who, scores in report.lines.items()}, **report.alone}.items():
+        for what, row in rows.items():
+            row[who] = show(by_task[what]) if what in by_task else row.get(who, "")
+    return list(rows.values())
 
 
 def attribution_rows(report: CompositeReport) -> list[Row]:
@@ -41,10 +39,11 @@ def attribution_rows(report: CompositeReport) -> list[Row]:
     rows = [
         {
             "task": task,
-            **{expert: f"{weight:.2f}" for expert, weight in weights.items()},
+            **{expert: f"{weight:.2f}" for expert, weight in found.weights[task].items()},
             "own dominates": show(found.own[task]) if task in found.own else "",
         }
-        for task, weights in found.weights.items()
+        for task in _tasks(report)
+        if task in found.weights
     ]
     if found.own_overall is not None:
         blank = dict.fromkeys(next(iter(found.weights.values())), "")
@@ -52,9 +51,13 @@ def attribution_rows(report: CompositeReport) -> list[Row]:
     return rows
 
 
+def _tasks(report: CompositeReport) -> list[str]:
+    return [*next(iter(report.lines.values())).by_task]
+
+
 def show(score: Score) -> str:
-    """0.83 ± 0.02"""
-    return f"{score.value:.2f}" + ("" if score.error is None else f" ± {score.error:.2f}")
+    """0.83 ±0.02"""
+    return f"{score.value:.2f}" + ("" if score.error is None else f" ±{score.error:.2f}")
 
 
 def report_dict(report: CompositeReport) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def evaluate(
     settings = CompositeSettings() if settings is None else settings
     if not counts:
         raise ConfigError("counts is empty; give how many questions a prompt asks, such as 3 5 10")
-    prompts = {count: compose(tasks, count, settings) for count in counts}
     owners = _owners(model, tasks, own)
+    prompts = {count: compose(tasks, count, settings) for count in counts}
     asker = Asker(tokenizer=tokenizer, batch_size=settings.batch_size, ends=formats[settings.format].ends)
     run = _Run({task.name: task for task in tasks}, settings, asker, owners, on_part)
     return [run.report(model, merged, count, composites) for count, composites in prompts.items()]
