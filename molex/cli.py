@@ -1,4 +1,4 @@
-"""The command line:  molex demo | methods | inspect PATH | export PATH   (also python -m molex ...).
+"""The command line:  molex demo | methods | inspect | merge | export | eval   (also python -m molex ...).
 
 Tables for people, `--json` where a script would read; errors of molex are one sentence on stderr and exit code 1.
 """

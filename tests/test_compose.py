@@ -1,0 +1,58 @@
+"""Composing adapters: cells are run once, by PEFT's adapters, and the table says what they hold."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import molex
+from molex import workbench
+from molex.errors import ConfigError
+from recipes import compose_adapters as recipe
+
+SMALL = "--skills upper,ends --adapter_steps 2 --router_steps 1 --test 4 --start_prompts 2"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["compose_adapters.py", *shlex.split(flags)])
+    recipe.main()
+
+
+def test_every_row_runs_once_and_makes_the_table(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, f"{SMALL} --out {tmp_path}")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(recipe.ROWS)
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    assert len(cells) == len(recipe.ROWS)
+    capsys.readouterr()
+    run(monkeypatch, f"{SMALL} --out {tmp_path}")
+    assert cells == {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    assert "| meteora |" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="choose another --out"):
+        run(monkeypatch, f"{SMALL.replace('--test 4', '--test 5')} --out {tmp_path}")
+    mixture = molex.load(workbench.load_base(), tmp_path / "mixtures" / "0" / "meteora")
+    assert mixture.experts == ["upper", "ends"]
+    folder = tmp_path / "adapters" / "0" / "upper"
+    adapter = PeftModel.from_pretrained(workbench.load_base(), folder)
+    assert adapter.peft_config["default"].layers_to_transform == [2, 3, 4, 5, 6, 7]
+    (back, _) = mixture.export_peft(tmp_path / "back")
+    assert load_file(back / "adapter_model.safetensors").keys() == load_file(folder / "adapter_model.safetensors").keys()
+    record = json.loads(next(iter(cells)).read_text())
+    assert record["scores"].keys() == {"upper", "ends"}
+
+
+def test_the_table_has_means_over_skills_and_their_spread_over_seeds() -> None:
+    text = recipe.table({"a": [{"x": 0.5, "y": 1.0}, {"x": 0.7, "y": 1.0}]}, ["x", "y"])
+    assert text.splitlines()[2] == "| a | 0.60 | 1.00 | 0.800 ± 0.071 | 2 |"
+
+
+def test_unknown_rows_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no row 'metorea'"):
+        run(monkeypatch, f"{SMALL} --out {tmp_path} --rows metorea")
+    assert not list(tmp_path.iterdir())
