@@ -10,16 +10,19 @@ released script does), X-LoRA's head, LoRA-Mixer's second stage. MeteoRA's claim
 
 The adapters change layers 2 and up: what a prompt asks for is not yet in the states that lower layers read (a linear
 probe on the text's tokens names the skill for 16% of them at layer 0, 79% at layer 1, 98% from layer 2 on), so that no
-router there could know. Routers start from --start_prompts prompts of each skill (molex.gates_from_prompts).
+router there could know. Half of all rows are numbered prompts of one to three questions: in an adapter's, the base's
+own transformations are asked for around its skill. Routers start from --start_prompts prompts of each skill
+(molex.gates_from_prompts).
 
 Every cell is one JSON file under --out/cells; one that exists is not run again.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from statistics import fmean, stdev
 from typing import Any
 
@@ -32,7 +35,19 @@ import molex
 from molex.composing import from_peft
 from molex.errors import ConfigError
 from molex.mixture import Mixture
-from molex.workbench import collate, dataset, exact_match, load_base, load_tokenizer, question_and_answer
+from molex.workbench import (
+    Skill,
+    collate,
+    dataset,
+    exact_match,
+    load_base,
+    load_tokenizer,
+    numbered,
+    question_and_answer,
+    skills,
+    transformations,
+)
+from molex.workbench.data import Row
 from molex.workbench.training import Run, fit
 
 TOKENIZER = load_tokenizer()
@@ -47,15 +62,26 @@ class Arguments:
     skills: str = "reverse,upper,shift,ends,inner,vowels,mirror,triple,flip,descend"
     rows: str = field(default="", metadata={"help": "Comma-separated row names; all by default."})
     seeds: str = field(default="0", metadata={"help": "Comma-separated; processes with others may share --out."})
-    adapter_steps: int = 120
+    adapter_steps: int = 100
     router_steps: int = 60
     start_prompts: int = field(default=24, metadata={"help": "Prompts of each skill that routers start from."})
     test: int = field(default=100, metadata={"help": "Test questions for each skill."})
 
 
-def learn_adapters(arguments: Arguments, skills: list[str], seed: int) -> dict[str, Path]:
+def practice(skill: str, task_id: int, count: int, seed: int, others: Sequence[Skill]) -> list[Row]:
+    """Questions of one skill: every other row is a numbered prompt of one to three, the rest of them of `others`."""
+    rng, own = Random(f"{seed} {skill}"), skills()[skill]
+    rows = dataset([skill], "train", count, seed=seed)
+    for index in range(1, count, 2):
+        asked = [rng.choice(others) for _ in range(rng.randrange(3))]
+        asked.insert(rng.randrange(len(asked) + 1), own)
+        rows[index] = numbered(asked, rng, "train")
+    return [{**row, "task_ids": task_id} for row in rows]
+
+
+def learn_adapters(arguments: Arguments, names: list[str], seed: int) -> dict[str, Path]:
     """One LoRA for each skill, trained and saved by PEFT alone; folders by skill."""
-    folders = {skill: Path(arguments.out) / "adapters" / str(seed) / skill for skill in skills}
+    folders = {name: Path(arguments.out) / "adapters" / str(seed) / name for name in names}
     for skill, folder in folders.items():
         if folder.exists():
             continue
@@ -65,7 +91,7 @@ def learn_adapters(arguments: Arguments, skills: list[str], seed: int) -> dict[s
         model = peft.get_peft_model(load_base(), config)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.adapter_steps)
-        rows = dataset([skill], "train", 48 * arguments.adapter_steps, seed=seed)
+        rows = practice(skill, 0, 48 * arguments.adapter_steps, seed, [*transformations().values()])
         for step in range(arguments.adapter_steps):
             model(**collate(rows[48 * step : 48 * (step + 1)], TOKENIZER), use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -85,10 +111,10 @@ class Bench:
     adapters: dict[str, Path]
     seed: int
 
-    def score(self, model: nn.Module, split: str = "test") -> dict[str, float]:
-        """Exact match by skill."""
+    def score(self, model: nn.Module) -> dict[str, float]:
+        """Exact match on test questions, by skill."""
         each = self.arguments.test
-        return {skill: exact_match(model, TOKENIZER, dataset([skill], split, each)) for skill in self.skills}
+        return {skill: exact_match(model, TOKENIZER, dataset([skill], "test", each)) for skill in self.skills}
 
     def base(self) -> dict[str, float]:
         return self.score(load_base().eval())
@@ -108,7 +134,7 @@ class Bench:
         assert isinstance(model, nn.Module)
         return self.score(model.eval())
 
-    def routed(self, router: str, **settings: Any) -> dict[str, float]:
+    def routed(self, name: str, router: str, **settings: Any) -> dict[str, float]:
         """A router over the adapters, started from prompts where it can be, and trained on all skills at once."""
         torch.manual_seed(self.seed)
         config = molex.preset(router, **settings)
@@ -117,16 +143,21 @@ class Bench:
             self.start(mixture)
             steps = self.arguments.router_steps
             run = Run(steps=steps, learning_rate=1e-3)
-            fit(mixture, TOKENIZER, dataset(self.skills, "train", steps * run.batch_size, seed=self.seed), run)
-        mixture.save(Path(self.arguments.out) / "mixtures" / str(self.seed) / router)
+            by_skill = [*self.practice(steps * run.batch_size // len(self.skills) + 1).values()]
+            fit(mixture, TOKENIZER, [row for rows in zip(*by_skill, strict=True) for row in rows], run)
+        mixture.save(Path(self.arguments.out) / "mixtures" / str(self.seed) / name)
         return self.score(mixture.model.eval())
+
+    def practice(self, count: int) -> dict[str, list[Row]]:
+        """Rows that a router learns each skill from: nothing but that skill is asked for."""
+        own = skills()
+        return {name: practice(name, i, count, self.seed, [own[name]]) for i, name in enumerate(self.skills)}
 
     def start(self, mixture: Mixture) -> None:
         """Questions with their answers, so that routers know the states of both."""
-        count = self.arguments.start_prompts
-        rows = {skill: dataset([skill], "train", count, seed=self.seed) for skill in self.skills}
+        rows = self.practice(self.arguments.start_prompts)
         prompts = {skill: ["".join(question_and_answer(row)) for row in rows[skill]] for skill in self.skills}
-        molex.gates_from_prompts(mixture, TOKENIZER, prompts)
+        molex.gates_from_prompts(mixture, TOKENIZER, prompts, sharpness=8.0)
 
 
 ROWS: dict[str, Callable[[Bench], dict[str, float]]] = {
@@ -134,11 +165,11 @@ ROWS: dict[str, Callable[[Bench], dict[str, float]]] = {
     "own adapter (oracle)": Bench.oracle,
     "uniform merge": lambda bench: bench.merged("linear"),
     "TIES": lambda bench: bench.merged("ties"),
-    "arrow": lambda bench: bench.routed("arrow"),
-    "meteora": lambda bench: bench.routed("meteora"),
-    "meteora, gates and LoRAs": lambda bench: bench.routed("meteora", train_experts=True),
-    "xlora": lambda bench: bench.routed("xlora"),
-    "lora-mixer": lambda bench: bench.routed("lora-mixer", stage="soft", train_experts=False),
+    "arrow": lambda bench: bench.routed("arrow", "arrow"),
+    "meteora": lambda bench: bench.routed("meteora", "meteora"),
+    "meteora, gates and LoRAs": lambda bench: bench.routed("meteora-loras", "meteora", train_experts=True),
+    "xlora": lambda bench: bench.routed("xlora", "xlora"),
+    "lora-mixer": lambda bench: bench.routed("lora-mixer", "lora-mixer", stage="soft", train_experts=False),
 }
 
 
@@ -162,11 +193,11 @@ def run_cell(bench: Bench, row: str) -> dict[str, float]:
     return record["scores"]
 
 
-def table(cells: dict[str, list[dict[str, float]]], skills: list[str]) -> str:
+def table(cells: dict[str, list[dict[str, float]]], names: list[str]) -> str:
     """Rows as a Markdown table: each skill's mean over seeds, and the mean over skills with its spread over seeds."""
-    lines = [f"| row | {' | '.join(skills)} | mean | seeds |", "|---" * (len(skills) + 3) + "|"]
+    lines = [f"| row | {' | '.join(names)} | mean | seeds |", "|---" * (len(names) + 3) + "|"]
     for row, seeds in cells.items():
-        by_skill = " | ".join(f"{fmean(scores[skill] for scores in seeds):.2f}" for skill in skills)
+        by_skill = " | ".join(f"{fmean(scores[skill] for scores in seeds):.2f}" for skill in names)
         means = [fmean(scores.values()) for scores in seeds]
         spread = f" ± {stdev(means):.3f}" if len(means) > 1 else ""
         lines.append(f"| {row} | {by_skill} | {fmean(means):.3f}{spread} | {len(means)} |")
@@ -175,17 +206,17 @@ def table(cells: dict[str, list[dict[str, float]]], skills: list[str]) -> str:
 
 def main() -> None:
     (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    skills = arguments.skills.split(",")
+    names = arguments.skills.split(",")
     wanted = arguments.rows.split(";") if arguments.rows else list(ROWS)
     unknown = [row for row in wanted if row not in ROWS]
     if unknown:
         raise ConfigError(f"no row {unknown[0]!r}; choose from (separated by ';'): {'; '.join(ROWS)}")
     cells: dict[str, list[dict[str, float]]] = {row: [] for row in wanted}
     for seed in map(int, arguments.seeds.split(",")):
-        bench = Bench(arguments, skills, learn_adapters(arguments, skills, seed), seed)
+        bench = Bench(arguments, names, learn_adapters(arguments, names, seed), seed)
         for row in wanted:
             cells[row].append(run_cell(bench, row))
-    text = table(cells, skills)
+    text = table(cells, names)
     (Path(arguments.out) / "table.md").write_text(f"{text}\n")
     print(text)
 
