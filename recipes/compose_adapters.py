@@ -138,6 +138,8 @@ class Bench:
         """A router over the adapters, started from prompts where it can be, and trained on all skills at once."""
         torch.manual_seed(self.seed)
         config = molex.preset(router, **settings)
+        if (getattr(config.router, "top_k", None) or 0) > len(self.skills):
+            config = config.override({"top_k": len(self.skills)})
         mixture = from_peft(load_base(), self.adapters, router=config)
         if mixture.trainable_parameters():
             self.start(mixture)
