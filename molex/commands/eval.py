@@ -43,9 +43,8 @@ def eval(
     from molex.evaluation.harness import check_harness, evaluate, side_by_side
 
     if composite:
-        refuse_beside_composite(
-            {"commonsense": commonsense, "model": model, "include-path": include_path, "chat": chat}
-        )
+        others = {"commonsense": commonsense, "model": model, "include-path": include_path, "chat": chat}
+        refuse_beside_composite({**others, "no-base": not base})
         show_composite(path, composite, tasks, tokenizer, limit or 200, batch_size, out, as_json)
         return
     check_harness()

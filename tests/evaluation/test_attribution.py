@@ -15,7 +15,7 @@ from torch import Tensor
 import molex
 from molex import workbench
 from molex.evaluation.composite.attribution import answer_gates, attribute, tokens_of
-from molex.evaluation.composite.generation import Asker, Generation
+from molex.evaluation.composite.generation import Asker, Generation, gates_of_steps
 from molex.evaluation.composite.metrics import Score
 from molex.evaluation.composite.parsing import Span, find_answers
 from molex.mixture import Mixture
@@ -136,8 +136,6 @@ def test_gates_are_means_over_layers() -> None:
         layer.router = _Weighs(layer.experts.num_experts, float(depth))
     with mixture.record() as steps, torch.no_grad():
         mixture.model(input_ids=torch.arange(6).view(2, 3))
-    from molex.evaluation.composite.generation import gates_of_steps
-
     gates_BSE = gates_of_steps(mixture, steps, 2)
     num_layers = len(mixture.layers)
     assert gates_BSE is not None
@@ -155,6 +153,26 @@ class _Weighs(Router):
         weights_TE = torch.ones(len(x), self.num_experts)
         weights_TE[:, 0] = self.weight
         return dense_routing(weights_TE, None)
+
+
+def test_heads_are_averaged() -> None:
+    """MHR gates each expert once a head: an expert's weight is the mean over its heads."""
+    mixture = mixture_of("llama", "mhr", num_tasks=2)
+    for name, parameter in mixture.model.named_parameters():
+        if name.endswith("task_logits"):
+            parameter.data.normal_()
+    with mixture.record() as steps, mixture.using(tasks=[0, 1]), torch.no_grad():
+        mixture.model(input_ids=torch.arange(6).view(2, 3))
+    gates_BSE = gates_of_steps(mixture, steps, 2)
+    assert gates_BSE is not None
+    gates_BHE = torch.stack([d.routing.weights[[2, 5]].view(2, -1, 3) for d in steps[0].values()])
+    torch.testing.assert_close(gates_BSE[:, 0], gates_BHE.mean((0, 2)))
+
+
+def test_one_expert_is_no_routing() -> None:
+    mixture = molex.convert(workbench.load_base(), molex.preset("lora", dropout=0.0))
+    (generation,) = Asker(tokenizer=TOKENIZER).ask(mixture.model, PROMPTS[:1], 4, mixture)
+    assert generation.gates is None
 
 
 def test_plain_layers_are_no_routing() -> None:

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from molex.errors import ConfigError, StateError
 from molex.evaluation.composite.parsing import cut_at
+from molex.evaluation.gates import expert_gates
 from molex.merging.evaluating import evaluating
 from molex.mixture import Mixture
-from molex.routing import Trace
+from molex.routing import Decision, Trace
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 @torch.no_grad()
 def gates_of_steps(mixture: Mixture, steps: Sequence[Trace], num_rows: int) -> Tensor | None:
-    """(rows, steps, E): the weights of each forward's last position, averaged over the routed layers that saw text; a
+    """(rows, steps, E): the weights of each forward's last position, averaged over the layers that route text; a
     block that routes once counts once, and an expert that a layer lacks has no weight there. None without any."""
     gates_BSE = [_last_gates(mixture, trace, num_rows) for trace in steps]
     known = [gates_BE for gates_BE in gates_BSE if gates_BE is not None]
@@ -123,15 +124,14 @@ def gates_of_steps(mixture: Mixture, steps: Sequence[Trace], num_rows: int) -> T
 
 
 def _last_gates(mixture: Mixture, trace: Trace, num_rows: int) -> Tensor | None:
-    num_experts = len(mixture.experts)
-    total_BE, count = torch.zeros(num_rows, num_experts), 0
+    total_BE, count = torch.zeros(num_rows, len(mixture.experts)), 0
     for name, (routing, context) in trace.items():
         layer = mixture.layers[name]
-        if layer.plain or layer.stack != "model":
+        num_experts = layer.experts.num_experts
+        if layer.plain or layer.stack != "model" or num_experts == 1:
             continue
-        last_B = torch.arange(num_rows, device=routing.weights.device) * context.shape[1] + context.shape[1] - 1
+        last_B = torch.arange(1, num_rows + 1, device=routing.weights.device) * context.shape[1] - 1
         last = routing._replace(expert_ids=routing.expert_ids[last_B], weights=routing.weights[last_B])
-        gates_BE = last.gates().float().cpu()
-        total_BE[:, : gates_BE.shape[1]] += gates_BE
+        total_BE[:, :num_experts] += expert_gates(Decision(last, context), num_experts).float().cpu()
         count += 1
     return total_BE / count if count else None

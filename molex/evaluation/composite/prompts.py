@@ -1,4 +1,4 @@
-"""Composite-n prompts: n numbered questions of several tasks, asked at once (MeteoRA, arXiv 2405.13053, section 4.3).
+"""Composite-n prompts: n numbered questions of several tasks, asked at once (MeteoRA, arXiv 2405.13053).
 
     [worked examples: k times n questions with their answers]   n questions   -> "1. ...\\n2. ...\\n...\\nn. ..."
 

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from molex.evaluation.composite.attribution import Attribution
 from molex.evaluation.composite.metrics import Score
 from molex.evaluation.composite.prompts import CompositeSettings, write_prompts
 from molex.evaluation.composite.running import CompositeReport
@@ -17,6 +18,7 @@ from molex.evaluation.composite.tasks import Task
 from molex.io.files import staged, write_json
 
 Row = dict[str, str]
+MOST_COLUMNS = 16
 
 
 def score_rows(report: CompositeReport) -> list[Row]:
@@ -32,23 +34,31 @@ def score_rows(report: CompositeReport) -> list[Row]:
 
 
 def attribution_rows(report: CompositeReport) -> list[Row]:
-    """A row for each task: mean weight of each expert over its answers, and how often its own expert dominated."""
+    """A row for each task: mean weight of each expert over its answers, and how often its own expert dominated. Of
+    many experts (rank-1 ones) those that dominated any answer."""
     if report.attribution is None:
         return []
     found = report.attribution
+    shown = _shown_experts(found)
     rows = [
         {
             "task": task,
-            **{expert: f"{weight:.2f}" for expert, weight in found.weights[task].items()},
+            **{expert: f"{found.weights[task][expert]:.2f}" for expert in shown},
             "own dominates": show(found.own[task]) if task in found.own else "",
         }
         for task in _tasks(report)
         if task in found.weights
     ]
     if found.own_overall is not None:
-        blank = dict.fromkeys(next(iter(found.weights.values())), "")
-        rows.append({"task": "all", **blank, "own dominates": show(found.own_overall)})
+        rows.append({"task": "all", **dict.fromkeys(shown, ""), "own dominates": show(found.own_overall)})
     return rows
+
+
+def _shown_experts(found: Attribution) -> list[str]:
+    experts = [*next(iter(found.weights.values()))]
+    if len(experts) <= MOST_COLUMNS:
+        return experts
+    return [expert for expert in experts if any(shares[expert] for shares in found.dominant.values())]
 
 
 def _tasks(report: CompositeReport) -> list[str]:
