@@ -181,9 +181,9 @@ def _write_lora(mixture: "Mixture", merged: "Merged", recipe: "MergeRecipe", out
 
 def _write_folded(mixture: "Mixture", merged: "Merged", recipe: "MergeRecipe", out: Path) -> None:
     from molex.io.files import staged
+    from molex.io.shards import check_no_weights
     from molex.merging.checkpoint import copy_small_files
     from molex.merging.of_mixture import fold_into
-    from molex.merging.shards import check_no_weights
 
     check_no_weights(out)
     model: Any = fold_into(mixture, merged)

@@ -38,10 +38,10 @@ class Slot(NamedTuple):
         return data
 
     def tensor(self) -> Tensor:
-        """Its values, of one of DTYPES."""
-        if self.header.num_values == 0:
-            return torch.empty(self.header.shape, dtype=DTYPES[self.header.dtype])
-        return torch.frombuffer(self.read(), dtype=DTYPES[self.header.dtype]).view(self.header.shape)
+        """Its values where it is of one of DTYPES, otherwise its bytes."""
+        dtype = DTYPES.get(self.header.dtype, torch.uint8)
+        flat = torch.frombuffer(self.read(), dtype=dtype) if self.header.num_bytes else torch.empty(0, dtype=dtype)
+        return flat.view(self.header.shape) if self.header.dtype in DTYPES else flat
 
 
 def read_slots(path: Path) -> dict[str, Slot]:
@@ -54,11 +54,27 @@ def read_slots(path: Path) -> dict[str, Slot]:
 
 
 class Entry(NamedTuple):
-    """A tensor to write: `data` gives its bytes when its turn comes, of exactly the size that the header says."""
+    """A tensor to write, before it exists. `make` gives its values when its turn comes, in the header's dtype or wider,
+    or its bytes (uint8) where the header's dtype is none of DTYPES."""
 
     name: str
     header: Header
-    data: Callable[[], bytes | bytearray | memoryview]
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Tensor]) -> "Entry":
+        """With the header that tells of this shape, and of one of DTYPES."""
+        return cls(name, Header(shape, CODES[dtype]), make)
+
+    def data(self) -> memoryview:
+        """Its bytes as the file holds them, without a copy where it is made contiguous, on the CPU and in its dtype."""
+        made, (shape, code) = self.make().detach(), self.header
+        if code in DTYPES:
+            assert tuple(made.shape) == shape, f"{self.name} is {tuple(made.shape)}, not {shape}"
+            made = made.to("cpu", DTYPES[code])
+        data = made.contiguous().view(-1).view(torch.uint8).numpy().data
+        assert len(data) == self.header.num_bytes, f"{self.name}: {len(data)} bytes, {self.header} was promised"
+        return data
 
 
 def write_stream(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
@@ -79,15 +95,7 @@ def write_stream(path: Path, entries: Sequence[Entry], metadata: Mapping[str, st
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in ordered:
-            data = entry.data()
-            assert len(data) == entry.header.num_bytes, f"{entry.name}: {len(data)} bytes, {entry.header} was promised"
-            file.write(data)
-            del data  # before the next tensor is made
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """A tensor's values as a file holds them, without a copy where it lies contiguous on the CPU."""
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+            file.write(entry.data())
 
 
 def _width(header: Header) -> float:

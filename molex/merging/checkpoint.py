@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from transformers import AutoConfig, PreTrainedModel
 from molex.errors import CheckpointError
 from molex.experts import LoRA
 from molex.io.files import Header, read_json, staged, write_json
-from molex.io.stream import CODES, DTYPES, Entry, Slot, bytes_of, read_slots, write_stream
+from molex.io.shards import INDEX_FILE, WEIGHT_FILES, check_no_weights, num_bytes, split, write_shards
+from molex.io.stream import CODES, DTYPES, Entry, Slot, read_slots
 from molex.library import Factors
 from molex.merging.folding import Sizes, add_to, find_linears, refuse_twins, sizes_of, transposed
-from molex.merging.shards import WEIGHT_FILES, check_no_weights, index_of, shard_names, split
 
 _TEXT_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
 _SMALL_FILES = (*_TEXT_FILES, "chat_template*", "generation_config.json", "p*processor_config.json", "LICENSE*")
@@ -100,57 +99,49 @@ def write_dense(
     check_no_weights(out)
     updates = {base.find(f"{layer}.weight"): (lora, _transposed(base, layer)) for layer, lora in factors.items()}
     replaced = {base.find(name): tensor for name, tensor in whole.items()}
-    shards = plan(base, dtype, shard_size)
-    names = shard_names(len(shards))
+    shards = {
+        file: [
+            entry._replace(make=_Merged(entry, updates.get(entry.name), replaced.get(entry.name), on_tensor))
+            for entry in shard
+        ]
+        for file, shard in plan(base, dtype, shard_size).items()
+    }
     with staged(out) as scratch:
-        for file_name, headers in zip(names, shards, strict=True):
-            producers = {
-                name: _Producer(
-                    base.slots[name], header, updates.get(name), replaced.get(name), partial(on_tensor, name)
-                )
-                for name, header in headers.items()
-            }
-            entries = [Entry(name, producer.header, producer) for name, producer in producers.items()]
-            write_stream(scratch / file_name, entries, {"format": "pt"})
-        if len(shards) > 1:
-            write_json(scratch / "model.safetensors.index.json", index_of(names, shards))
+        write_shards(shards, scratch)
         copy_small_files(base.folder, scratch)
         _write_config(base, scratch, dtype)
         for name, text in (texts or {}).items():
             (scratch / name).write_text(text, encoding="utf-8")
 
 
-def plan(base: Base, dtype: torch.dtype | None, shard_size: int | str) -> list[dict[str, Header]]:
-    """What each output file holds, in the base's order."""
-    headers = {}
+def plan(base: Base, dtype: torch.dtype | None, shard_size: int | str) -> dict[str, list[Entry]]:
+    """What each output file holds, in the base's order; nothing is merged yet."""
+    entries = []
     for name, slot in base.slots.items():
         code = CODES[dtype] if dtype is not None and slot.header.dtype in DTYPES else slot.header.dtype
-        headers[name] = Header(slot.header.shape, code)
-    return split(headers, shard_size)
+        entries.append(Entry(name, Header(slot.header.shape, code), slot.tensor))
+    return split(entries, num_bytes(shard_size))
 
 
 @dataclass(frozen=True)
-class _Producer:
-    """One tensor's bytes, made when asked for: copied, or changed and cast."""
+class _Merged:
+    """One tensor's values, made when asked for: the base's, replaced, or with a LoRA added."""
 
-    slot: Slot
-    header: Header
+    base: Entry
     update: tuple[LoRA, bool] | None
     replaced: Tensor | None
-    tell: Callable[[], None]
+    tell: Callable[[str], None]
 
-    def __call__(self) -> bytes | bytearray | memoryview:
-        self.tell()
+    def __call__(self) -> Tensor:
+        self.tell(self.base.name)
         if self.replaced is not None:
-            return bytes_of(self.replaced.to(DTYPES[self.header.dtype]))
-        if self.update is None and self.header == self.slot.header:
-            return self.slot.read()
-        tensor = self.slot.tensor()
+            return self.replaced
+        tensor = self.base.make()
         if self.update is not None:
             # wide before the cast, so that a narrower dtype rounds once
             tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
             add_to(tensor, *self.update)
-        return bytes_of(tensor.to(DTYPES[self.header.dtype]))
+        return tensor
 
 
 def _transposed(base: Base, layer: str) -> bool:
@@ -175,10 +166,10 @@ def _write_config(base: Base, scratch: Path, dtype: torch.dtype | None) -> None:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    if (folder / "model.safetensors.index.json").is_file():
-        placed = read_json(folder / "model.safetensors.index.json").get("weight_map")
+    if (folder / INDEX_FILE).is_file():
+        placed = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(placed, dict) or not placed:
-            raise CheckpointError(f"{folder / 'model.safetensors.index.json'} is damaged: it has no weight_map")
+            raise CheckpointError(f"{folder / INDEX_FILE} is damaged: it has no weight_map")
         return sorted(set(placed.values()))
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]

@@ -11,7 +11,6 @@ from molex.io.inspect import LayerDescription, describe
 from molex.io.peft import CONFIG_FILE, TENSOR_FILE
 from molex.merging.checkpoint import open_base, plan
 from molex.merging.recipe import MergeRecipe
-from molex.merging.shards import shard_names
 from molex.merging.weights import Depths, by_adapter, check_filters, weights_in
 
 
@@ -46,10 +45,9 @@ def preview(recipe: MergeRecipe) -> Preview:
         rows.append({"linear": layer, "in": num_in, "out": num_out, "ranks": ranks, "weights": rounded})
     if recipe.kind == "lora":
         return Preview(layers=rows, files=[])
-    shards = plan(base, recipe.torch_dtype(), recipe.shard_size)
     files = [
-        {"file": name, "tensors": len(shard), "bytes": sum(header.num_bytes for header in shard.values())}
-        for name, shard in zip(shard_names(len(shards)), shards, strict=True)
+        {"file": name, "tensors": len(shard), "bytes": sum(entry.header.num_bytes for entry in shard)}
+        for name, shard in plan(base, recipe.torch_dtype(), recipe.shard_size).items()
     ]
     return Preview(layers=rows, files=files)
 

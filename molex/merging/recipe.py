@@ -26,9 +26,9 @@ import yaml
 
 from molex.checks import check_choice, near_and_known
 from molex.errors import ConfigError
+from molex.io.shards import num_bytes
 from molex.merging.base import MergeRule, make_rule
 from molex.merging.core import check_size
-from molex.merging.shards import num_bytes
 from molex.merging.weights import Weight, by_adapter
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}

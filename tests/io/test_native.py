@@ -16,6 +16,7 @@ from molex.errors import CheckpointError, ConfigError
 from molex.io.native import TARGETS, export_native, families
 from molex.io.native.family import COPIED
 from molex.io.native.mixtral import Mixtral
+from molex.io.stream import DTYPES, Entry
 from tests.io.mixtures import file_bytes, same, snapshot
 from tests.io.native import LAYER_1, LLAMA3, loaded, mixture_on, said
 from tests.models import tiny
@@ -203,11 +204,12 @@ def test_the_check_finds_a_wrong_name(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_check_finds_one_wrong_number_in_a_16_bit_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    def careless(path: Path, entries: list[Entry], metadata: dict[str, str]) -> None:
+        tensors = {entry.name: entry.make().to(DTYPES[entry.header.dtype]).clone() for entry in entries}
         tensors["model.norm.weight"][0] += 0.01
         save_file(tensors, path, metadata=metadata)
 
-    monkeypatch.setattr("molex.io.native.sizes.save_file", careless)
+    monkeypatch.setattr("molex.io.shards.write_stream", careless)
     mixture = mixture_on("llama")
     mixture.model.to(torch.bfloat16)
     with pytest.raises(CheckpointError, match=r"not written as computed: model\.norm\.weight differs"):
@@ -223,7 +225,9 @@ def test_the_check_finds_a_tensor_that_has_no_place(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("failing", ["sizes.save_file", "export._write_tokenizer", "export.check_export"])
+@pytest.mark.parametrize(
+    "failing", ["shards.write_stream", "native.export._write_tokenizer", "native.export.check_export"]
+)
 def test_an_interrupt_leaves_the_folder_as_it_was(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,7 +239,7 @@ def test_an_interrupt_leaves_the_folder_as_it_was(
 
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "notes.txt").write_text("mine")
-    monkeypatch.setattr(f"molex.io.native.{failing}", interrupt)
+    monkeypatch.setattr(f"molex.io.{failing}", interrupt)
     for name in ("old", "new"):
         with pytest.raises(KeyboardInterrupt):
             export_native(mixture_on("llama"), tmp_path / name)

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM
 from molex.errors import CheckpointError, ConfigError, MolexError, StateError, TargetError
 from molex.experts import LoRA
 from molex.io.adapter import Adapter
-from molex.io.files import Header
 from molex.io.peft import read_adapter, write_adapter
-from molex.io.stream import CODES, Entry, bytes_of, read_slots, write_stream
+from molex.io.stream import Entry, read_slots, write_stream
 from molex.merging import checkpoint, merge
 from tests.merging.adapters import adapter_for, saved_base
 from tests.merging.loras import dense
@@ -278,9 +277,7 @@ def test_streamed_files_are_what_the_library_reads(tmp_path: Path) -> None:
         "empty": torch.empty(0, 4),
         "é": torch.randn(5).half(),
     }
-    entries = [
-        Entry(name, Header(tuple(t.shape), CODES[t.dtype]), lambda t=t: bytes_of(t)) for name, t in tensors.items()
-    ]
+    entries = [Entry.of(name, tuple(t.shape), t.dtype, lambda t=t: t) for name, t in tensors.items()]
     write_stream(tmp_path / "x.safetensors", entries, {"format": "pt"})
     read = load_file(tmp_path / "x.safetensors")
     slots = read_slots(tmp_path / "x.safetensors")

@@ -1,38 +1,19 @@
 """A mixture's decoder layers as native experts, and a checkpoint as a list of tensors that do not exist yet.
 
 Names, shapes and dtypes are known before any expert is computed, so sizes are told first, and writing needs memory
-for one shard only.
+for one tensor only.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from molex.io.stream import Entry
 from molex.layer import MixtureLinear
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-
-
-class Entry(NamedTuple):
-    """One tensor of the checkpoint, before it exists. `make` gives its values, in float32 or wider where computed."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype  # in the file
-    make: Callable[[], Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def write(self) -> Tensor:
-        """The tensor as it goes to the file: on the CPU, in memory of its own."""
-        made = self.make()
-        assert tuple(made.shape) == self.shape, f"{self.name} is {tuple(made.shape)}, not {self.shape}"
-        return torch.empty(self.shape, dtype=self.dtype).copy_(made)
 
 
 @dataclass(frozen=True)
@@ -66,9 +47,9 @@ class Block:
         """The router's tensor, (E, D) in its own precision, so that no token's choice is rounded away in the file."""
         width = self.shape("up_proj")[1]
         if self.router is None:
-            return Entry(name, (len(self.slots), width), torch.float32, lambda: torch.zeros(len(self.slots), width))
+            return Entry.of(name, (len(self.slots), width), torch.float32, lambda: torch.zeros(len(self.slots), width))
         router, places = self.router, torch.tensor(self.slots)
-        return Entry(name, (len(self.slots), width), router.dtype, lambda: router[places.to(router.device)])
+        return Entry.of(name, (len(self.slots), width), router.dtype, lambda: router[places.to(router.device)])
 
     def expert_entries(self, prefix: str, names: tuple[str, str, str] = PROJECTIONS) -> Iterator[Entry]:
         """Every place's gate, up and down projection: prefix.place.name.weight."""
@@ -77,7 +58,7 @@ class Block:
                 yield self.dense_entry(f"{prefix}.{place}.{name}.weight", projection, expert_id)
 
     def dense_entry(self, name: str, projection: str, expert_id: int = 0) -> Entry:
-        return Entry(name, self.shape(projection), self.dtype(), lambda: self.dense(projection, expert_id))
+        return Entry.of(name, self.shape(projection), self.dtype(), lambda: self.dense(projection, expert_id))
 
 
 @dataclass(frozen=True)

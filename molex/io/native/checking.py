@@ -11,21 +11,19 @@ hold exactly these tensors, rounded. What the rounding itself does to the logits
 
 import copy
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from molex.checks import listed
 from molex.errors import CheckpointError
-from molex.io.native.blocks import Entry
 from molex.io.native.reading import base_config
-from molex.io.native.sizes import shard_names
+from molex.io.stream import DTYPES, Entry, read_slots
 from molex.mixture import Mixture
 
 TOLERANCE = 1e-4  # of the largest logit, at least of 1
@@ -42,14 +40,14 @@ class Agreement(NamedTuple):
     own_error: float
 
 
-def check_export(mixture: Mixture, shards: Sequence[Sequence[Entry]], folder: Path) -> Agreement:
+def check_export(mixture: Mixture, shards: dict[str, list[Entry]], folder: Path) -> Agreement:
     """Raises CheckpointError where the folder is not the mixture."""
     ids_BS = _random_ids(base_config(mixture).vocab_size)
     truth = _logits(copy_of(mixture.model, torch.float64), ids_BS)
     own_error = _distance(_logits(copy_of(mixture.model, torch.float32), ids_BS), truth)
     exported = _distance(_logits(_load(folder), ids_BS), truth)
-    entries = [entry for shard in shards for entry in shard]
-    rounded = any(entry.dtype.itemsize < 4 for entry in entries)
+    entries = [entry for shard in shards.values() for entry in shard]
+    rounded = any(DTYPES[entry.header.dtype].itemsize < 4 for entry in entries)
     difference = exported
     if rounded:
         _check_files(shards, folder)
@@ -93,15 +91,14 @@ def _load(folder: Path, entries: Iterable[Entry] | None = None) -> PreTrainedMod
     return model.eval()
 
 
-def _check_files(shards: Sequence[Sequence[Entry]], folder: Path) -> None:
+def _check_files(shards: dict[str, list[Entry]], folder: Path) -> None:
     """Raises CheckpointError where a file does not hold the tensors as they were computed."""
-    for name, shard in zip(shard_names(len(shards)), shards, strict=True):
-        with safe_open(folder / name, framework="pt") as file:
-            for entry in shard:
-                if not torch.equal(file.get_tensor(entry.name), entry.write()):
-                    raise CheckpointError(
-                        f"{name} was not written as computed: {entry.name} differs; is the disk sound?"
-                    )
+    for name, shard in shards.items():
+        slots = read_slots(folder / name)
+        for entry in shard:
+            slot = slots[entry.name]
+            if slot.header != entry.header or slot.read() != entry.data():
+                raise CheckpointError(f"{name} was not written as computed: {entry.name} differs; is the disk sound?")
 
 
 def _random_ids(vocab_size: int) -> Tensor:

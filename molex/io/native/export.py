@@ -17,14 +17,17 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from molex.checks import check_range
 from molex.errors import CheckpointError
 from molex.io.files import staged, write_json
-from molex.io.native.blocks import Entry, Experts, dense_weight
+from molex.io.native.blocks import Experts, dense_weight
 from molex.io.native.checking import Agreement, check_export
 from molex.io.native.family import COPIED, Family, Target, check_target, find_family
 from molex.io.native.reading import base_config, read_experts
-from molex.io.native.sizes import Forecast, check_space, split, write_shards
+from molex.io.native.sizes import Forecast, check_space
 from molex.io.pretrained import original_names
+from molex.io.shards import split, write_shards
+from molex.io.stream import Entry
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 
@@ -84,6 +87,7 @@ def export_native(
     is as it was; so it is after an interrupt.
     """
     Mixture.of(mixture.model)  # raises where it was reverted
+    check_range("max_shard_bytes", max_shard_bytes, 1)
     chosen_target = check_target(target)
     base = base_config(mixture)
     experts = read_experts(mixture)
@@ -91,7 +95,7 @@ def export_native(
     entries = list(_entries(mixture, base, native, experts, chosen_target))
     shards = split(entries, max_shard_bytes)
     dense_bytes = sum(tensor.nbytes for tensor in _base_tensors(mixture).values())
-    forecast = Forecast(dense_bytes, sum(entry.num_bytes for entry in entries), len(shards))
+    forecast = Forecast(dense_bytes, sum(entry.header.num_bytes for entry in entries), len(shards))
     report = NativeExport(native.model_type, chosen_target, experts.num_experts, experts.top_k, forecast)
     logger.info("export to %s for %s: %s", native.model_type, target, forecast)
     if dry_run:
@@ -137,9 +141,9 @@ def _entries(
         elif mlp.endswith(".mlp"):
             continue
         elif isinstance(linear, MixtureLinear) and kind == "weight":
-            yield Entry(name, tuple(tensor.shape), tensor.dtype, partial(dense_weight, linear))
+            yield Entry.of(name, tuple(tensor.shape), tensor.dtype, partial(dense_weight, linear))
         else:
-            yield Entry(name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
+            yield Entry.of(name, tuple(tensor.shape), tensor.dtype, partial(_itself, tensor))
 
 
 def _itself(tensor: Tensor) -> Tensor:

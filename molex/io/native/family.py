@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Literal, get_args
 from transformers import PretrainedConfig
 
 from molex.errors import ConfigError, TargetError
-from molex.io.native.blocks import PROJECTIONS, Block, Entry, Experts
+from molex.io.native.blocks import PROJECTIONS, Block, Experts
+from molex.io.stream import Entry
 from molex.registry import Registry
 
 Target = Literal["transformers", "vllm", "llama.cpp"]

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from molex.io.native.blocks import Block, Entry, Experts
+from molex.io.native.blocks import Block, Experts
 from molex.io.native.family import Family, Target, families
+from molex.io.stream import Entry
 
 
 @families.register("flex_olmo")

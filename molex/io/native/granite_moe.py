@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from molex.io.native.blocks import Block, Entry, Experts
+from molex.io.native.blocks import Block, Experts
 from molex.io.native.family import (
     TARGETS,
     Family,
@@ -25,6 +25,7 @@ from molex.io.native.family import (
     rope_reason,
     window_reason,
 )
+from molex.io.stream import Entry
 
 _MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
 
@@ -74,12 +75,12 @@ class GraniteMoe(Family):
         inner, width = block.shape("gate_proj")
         yield block.gate_entry(f"{moe}.router.layer.weight")
         widen = (num_experts, 2 * inner, width)
-        yield Entry(f"{moe}.input_linear.weight", widen, block.dtype(), partial(_widen, block))
+        yield Entry.of(f"{moe}.input_linear.weight", widen, block.dtype(), partial(_widen, block))
         narrow = (num_experts, width, inner)
-        yield Entry(f"{moe}.output_linear.weight", narrow, block.dtype(), partial(_narrow, block))
+        yield Entry.of(f"{moe}.output_linear.weight", narrow, block.dtype(), partial(_narrow, block))
         if base.model_type == "qwen2":
             o_bias = f"{block.name}.self_attn.o_proj.bias"
-            yield Entry(o_bias, (width,), block.dtype(), partial(torch.zeros, (width,)))
+            yield Entry.of(o_bias, (width,), block.dtype(), partial(torch.zeros, (width,)))
 
 
 def _widen(block: Block) -> Tensor:

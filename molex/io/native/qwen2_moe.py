@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from molex.io.native.blocks import PROJECTIONS, Block, Entry, Experts
+from molex.io.native.blocks import PROJECTIONS, Block, Experts
 from molex.io.native.family import (
     Family,
     Target,
@@ -22,6 +22,7 @@ from molex.io.native.family import (
     head_dim_is_default,
     window_reason,
 )
+from molex.io.stream import Entry
 
 SHARED_WIDTH = 64  # divides over up to 64 ranks of tensor parallelism
 
@@ -65,5 +66,5 @@ class Qwen2Moe(Family):
         shapes = ((SHARED_WIDTH, width), (SHARED_WIDTH, width), (width, SHARED_WIDTH))
         for projection, shape in zip(PROJECTIONS, shapes, strict=True):
             name = f"{moe}.shared_expert.{projection}.weight"
-            yield Entry(name, shape, block.dtype(), partial(torch.zeros, shape))
-        yield Entry(f"{moe}.shared_expert_gate.weight", (1, width), block.dtype(), partial(torch.zeros, (1, width)))
+            yield Entry.of(name, shape, block.dtype(), partial(torch.zeros, shape))
+        yield Entry.of(f"{moe}.shared_expert_gate.weight", (1, width), block.dtype(), partial(torch.zeros, (1, width)))

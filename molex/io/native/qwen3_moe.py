@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from molex.io.native.blocks import Block, Entry, Experts
+from molex.io.native.blocks import Block, Experts
 from molex.io.native.family import (
     TARGETS,
     Family,
@@ -20,6 +20,7 @@ from molex.io.native.family import (
     rope_reason,
     window_reason,
 )
+from molex.io.stream import Entry
 
 
 @families.register("qwen3_moe")
