@@ -10,8 +10,8 @@ released script does), X-LoRA's head, LoRA-Mixer's second stage. MeteoRA's claim
 
 The adapters change layers 2 and up: what a prompt asks for is not yet in the states that lower layers read (a linear
 probe on the text's tokens names the skill for 16% of them at layer 0, 79% at layer 1, 98% from layer 2 on), so that no
-router there could know. Half of all rows are numbered prompts of one to three questions: in an adapter's, the base's
-own transformations are asked for around its skill. Routers start from --start_prompts prompts of each skill
+router there could know. Half of all rows are numbered prompts of one to three questions of
+one skill, so that adapters know the format of composite tasks. Routers start from --start_prompts prompts of each skill
 (molex.gates_from_prompts).
 
 Every cell is one JSON file under --out/cells; one that exists is not run again.
@@ -19,7 +19,7 @@ Every cell is one JSON file under --out/cells; one that exists is not run again.
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
@@ -36,7 +36,6 @@ from molex.composing import from_peft
 from molex.errors import ConfigError
 from molex.mixture import Mixture
 from molex.workbench import (
-    Skill,
     collate,
     dataset,
     exact_match,
@@ -45,7 +44,6 @@ from molex.workbench import (
     numbered,
     question_and_answer,
     skills,
-    transformations,
 )
 from molex.workbench.data import Row
 from molex.workbench.training import Run, fit
@@ -62,20 +60,18 @@ class Arguments:
     skills: str = "reverse,upper,shift,ends,inner,vowels,mirror,triple,flip,descend"
     rows: str = field(default="", metadata={"help": "Comma-separated row names; all by default."})
     seeds: str = field(default="0", metadata={"help": "Comma-separated; processes with others may share --out."})
-    adapter_steps: int = 100
+    adapter_steps: int = 120
     router_steps: int = 60
     start_prompts: int = field(default=24, metadata={"help": "Prompts of each skill that routers start from."})
     test: int = field(default=100, metadata={"help": "Test questions for each skill."})
 
 
-def practice(skill: str, task_id: int, count: int, seed: int, others: Sequence[Skill]) -> list[Row]:
-    """Questions of one skill: every other row is a numbered prompt of one to three, the rest of them of `others`."""
+def practice(skill: str, task_id: int, count: int, seed: int) -> list[Row]:
+    """Questions of one skill: every other row is a numbered prompt of one to three."""
     rng, own = Random(f"{seed} {skill}"), skills()[skill]
     rows = dataset([skill], "train", count, seed=seed)
     for index in range(1, count, 2):
-        asked = [rng.choice(others) for _ in range(rng.randrange(3))]
-        asked.insert(rng.randrange(len(asked) + 1), own)
-        rows[index] = numbered(asked, rng, "train")
+        rows[index] = numbered([own] * rng.randint(1, 3), rng, "train")
     return [{**row, "task_ids": task_id} for row in rows]
 
 
@@ -91,7 +87,7 @@ def learn_adapters(arguments: Arguments, names: list[str], seed: int) -> dict[st
         model = peft.get_peft_model(load_base(), config)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.adapter_steps)
-        rows = practice(skill, 0, 48 * arguments.adapter_steps, seed, [*transformations().values()])
+        rows = practice(skill, 0, 48 * arguments.adapter_steps, seed)
         for step in range(arguments.adapter_steps):
             model(**collate(rows[48 * step : 48 * (step + 1)], TOKENIZER), use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,16 +140,15 @@ class Bench:
         if mixture.trainable_parameters():
             self.start(mixture)
             steps = self.arguments.router_steps
-            run = Run(steps=steps, learning_rate=1e-3)
+            run = Run(steps=steps, learning_rate=2e-3)
             by_skill = [*self.practice(steps * run.batch_size // len(self.skills) + 1).values()]
             fit(mixture, TOKENIZER, [row for rows in zip(*by_skill, strict=True) for row in rows], run)
         mixture.save(Path(self.arguments.out) / "mixtures" / str(self.seed) / name)
         return self.score(mixture.model.eval())
 
     def practice(self, count: int) -> dict[str, list[Row]]:
-        """Rows that a router learns each skill from: nothing but that skill is asked for."""
-        own = skills()
-        return {name: practice(name, i, count, self.seed, [own[name]]) for i, name in enumerate(self.skills)}
+        """Rows that a router learns each skill from."""
+        return {name: practice(name, task_id, count, self.seed) for task_id, name in enumerate(self.skills)}
 
     def start(self, mixture: Mixture) -> None:
         """Questions with their answers, so that routers know the states of both."""
