@@ -10,9 +10,8 @@ released script does), X-LoRA's head, LoRA-Mixer's second stage. MeteoRA's claim
 
 The adapters change layers 2 and up: what a prompt asks for is not yet in the states that lower layers read (a linear
 probe on the text's tokens names the skill for 16% of them at layer 0, 79% at layer 1, 98% from layer 2 on), so that no
-router there could know. Half of all rows are numbered prompts of one to three questions of
-one skill, so that adapters know the format of composite tasks. Routers start from --start_prompts prompts of each skill
-(molex.gates_from_prompts).
+router there could know. Half of all rows are numbered prompts of one to three questions of one skill, so that adapters
+know the format of composite tasks. Routers start from --start_prompts prompts of each skill (molex.gates_from_prompts).
 
 Every cell is one JSON file under --out/cells; one that exists is not run again.
 """
