@@ -17,15 +17,16 @@ from torch import nn
 from molex import library
 from molex.checks import listed
 from molex.config import MixtureConfig
-from molex.errors import CheckpointError, ConfigError
+from molex.errors import CheckpointError, ConfigError, TargetError
 from molex.experts import LoRA
 from molex.io.adapter import Adapter
 from molex.io.fitting import adapted_layers, agreed_whole, replace_whole
 from molex.io.peft import read_adapter
+from molex.io.record import frozen_experts
 from molex.mixture import Mixture
 from molex.presets import preset, presets
 from molex.surgery import convert
-from molex.targets import find_linears
+from molex.targets import find_linears, find_modules
 
 NOBODY = "nobody"
 Source = str | Path | Adapter
@@ -50,6 +51,8 @@ def from_peft(
     """
     if not isinstance(adapters, Mapping) or not adapters:
         raise ConfigError(f"adapters={adapters!r:.80}; give a mapping of experts' names to folders that PEFT wrote")
+    for name in adapters:
+        library.check_name(name)
     read = [as_adapter(source, name, allow_bin) for name, source in adapters.items()]
     layers = adapted_layers(model, read)
     whole = agreed_whole(model, read)
@@ -67,6 +70,8 @@ def from_peft(
     )
     ranks = {layer: tuple(_rank(adapter.factors.get(layer)) for adapter in experts) for layer in layers}
     mixture = convert(model, config, ranks=ranks)
+    for layer in mixture.layers.values():  # their first names are numbers, which adapters may be called too
+        layer.experts.names = [adapter.name for adapter in experts]
     try:
         for expert_id, adapter in enumerate(experts):
             mixture.load_expert(expert_id, adapter.name, adapter.factors)
@@ -80,22 +85,29 @@ def from_peft(
 
 def add_expert(mixture: Mixture, source: Source, name: str) -> None:
     """See `Mixture.add_expert`."""
+    library.check_name(name)
     adapter = as_adapter(source, name)
     adapted_layers(mixture.model, [adapter])
+    kept = find_modules(mixture.model, mixture.config.also_keep)
+    lacking = [module for module in kept if not any(key.startswith(f"{module}.") for key in adapter.whole)]
+    if lacking:
+        raise CheckpointError(f"{name} was trained without the {listed(lacking)} that the experts here came with")
     if agreed_whole(mixture.model, [adapter]):
         raise CheckpointError(f"{name} replaces {listed([*adapter.whole])}: what is trained whole cannot be routed")
     library.append_expert(mixture.layers, mixture.head, name, adapter.factors)
-    mixture.config = _with_one_more(mixture.config, _usual_rank(adapter), _usual_alpha(adapter))
+    if not any(map(frozen_experts, mixture.layers.values())):  # else it describes the experts before `mixture.grow`
+        mixture.config = _described(mixture, _usual_rank(adapter), _usual_alpha(adapter))
     if adapter.config:
         mixture.origins[name] = origin_of(adapter)
 
 
-def _with_one_more(config: MixtureConfig, rank: int, alpha: float) -> MixtureConfig:
-    """Lists of ranks and alphas get one entry more; single numbers stay, and layers record what differs."""
+def _described(mixture: Mixture, rank: int, alpha: float) -> MixtureConfig:
+    """The configuration with the expert that was just added: lists of ranks and alphas get one entry more; single
+    numbers stay, and layers record what differs."""
+    config = mixture.config
     ranks = (*config.rank, rank) if isinstance(config.rank, tuple) else config.rank
     alphas = (*config.alpha, alpha) if isinstance(config.alpha, tuple) else config.alpha
-    count = config.num_experts + 1
-    return dataclasses.replace(config, rank=ranks, alpha=alphas, num_experts=count, allocation=None)
+    return dataclasses.replace(config, rank=ranks, alpha=alphas, num_experts=len(mixture.experts), allocation=None)
 
 
 def as_adapter(source: Source, name: str, allow_bin: bool = False) -> Adapter:
@@ -125,7 +137,11 @@ def _router_config(router: str | MixtureConfig, num_experts: int) -> MixtureConf
 def _short_targets(model: nn.Module, layers: list[str]) -> tuple[str, ...]:
     """The layers' last names where these mean just them, else the layers' full names."""
     ends = tuple(dict.fromkeys(layer.split(".")[-1] for layer in layers))
-    return ends if [*find_linears(model, ends)] == layers else tuple(layers)
+    try:
+        meant = [*find_linears(model, ends)]
+    except TargetError:  # a head may end alike
+        meant = []
+    return ends if meant == layers else tuple(layers)
 
 
 def _rank(lora: LoRA | None) -> int:

@@ -9,6 +9,7 @@ mean differences that mergekit sets its gates to. The second is Arrow (arXiv 240
 linear map can take: the sign is the one that texts at hand lean to.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -39,8 +40,10 @@ def gates_from_prompts(
 
     prompts: by expert; two experts at least, so that there is something to tell apart. ridge: λ in units of the inputs'
     mean variance times their number. sharpness: by how much the right expert's score exceeds the others', on average.
-    Raises ConfigError on unknown experts, on no prompts, and where the router has no rows.
+    Raises ConfigError on unknown experts, on no prompts, where the router has no rows, and on encoder-decoders.
     """
+    if not (ridge > 0 and math.isfinite(ridge) and math.isfinite(sharpness)):
+        raise ConfigError(f"ridge={ridge} must be above 0, ridge and sharpness={sharpness} finite")
     routers, names = _routers(mixture), expert_names(mixture.layers)
     wanted = list(prompts) if experts is None else list(experts)
     _check_prompts(names, prompts, wanted)
@@ -119,7 +122,9 @@ def _inputs(
     mixture: Mixture, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str], expert: str | None
 ) -> dict[str, Tensor]:
     """What routers read (T, D), padding left out, while one expert, or the base alone, runs over the texts."""
-    model, stack = mixture.model, find_stacks(mixture.model)[-1].module
+    model, stacks = mixture.model, find_stacks(mixture.model)
+    if len(stacks) > 1:
+        raise ConfigError("prompts alone are no input of an encoder-decoder; train its gates instead")
     batch = tokenizer(list(texts), padding=True, return_tensors="pt").to(next(model.parameters()).device)
     real_T = batch["attention_mask"].flatten().bool()
     seen: dict[str, Tensor] = {}
@@ -132,7 +137,7 @@ def _inputs(
         keep(layer.name, args[0])
 
     hooks = [mixture.layers[name].register_forward_pre_hook(keep_input) for name in names if name != _HEAD]
-    hooks.append(stack.register_forward_hook(lambda module, args, output: keep(_HEAD, output[0])))
+    hooks.append(stacks[0].module.register_forward_hook(lambda module, args, output: keep(_HEAD, output[0])))
     was_training = model.training
     try:
         with mixture.disabled() if expert is None or _HEAD in names else mixture.using(adapters=expert):

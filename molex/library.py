@@ -42,11 +42,18 @@ def find_expert(layers: Layers, name: str | None) -> int:
     return expert_id
 
 
+def check_name(name: object) -> None:
+    """Raises ConfigError unless it can be an expert's name: a text that is not empty."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"an expert's name is a text that is not empty, got {name!r}")
+
+
 def load_expert(layers: Layers, expert_id: int, name: str, factors: Factors) -> None:
     """See `Mixture.load_expert`."""
     names = expert_names(layers)
-    if not isinstance(name, str) or not isinstance(factors, Mapping):
-        raise ConfigError(f"an expert is a name and a LoRA for each layer name, got {name!r} and {factors!r:.60}")
+    check_name(name)
+    if not isinstance(factors, Mapping):
+        raise ConfigError(f"an expert is a name and a LoRA for each layer name, got {factors!r:.60}")
     if name in names and names.index(name) != expert_id:
         raise ConfigError(f"expert {names.index(name)} is called {name!r} already; choose another name")
     unknown = sorted(set(factors) - set(layers))
@@ -80,7 +87,12 @@ def append_expert(layers: Layers, head: Router | None, name: str, factors: Facto
         if layer.experts.num_experts != len(expert_names(layers)):
             raise ConfigError("layers have unlike numbers of experts, so that one more would have no common number")
         if layer_name in factors:
-            layer.experts.check_lora(factors[layer_name], factors[layer_name].A.shape[0], name)
+            rank = factors[layer_name].A.shape[0]
+            layer.experts.check_lora(factors[layer_name], rank, name)
+            if layer.experts.activation_routed and rank != 1:
+                raise ConfigError(
+                    f"{layer_name}: this router decides on A x, of single ranks; {name!r} has rank {rank}"
+                )
     routers = [layer.router for layer in routed.values() if layer.router is not None]
     for router in routers if head is None else [head]:
         router.add_expert()

@@ -176,7 +176,10 @@ class Mixture:
         has changed.
         """
         self._check_alive()
+        before = self.experts
         library.load_expert(self.layers, expert_id, name, factors)
+        for replaced in {name, before[expert_id]}:  # what a folder said of it is no longer true
+            self.origins.pop(replaced, None)
 
     def factors(self, expert_id: int) -> Factors:
         """One expert's LoRA in every layer, copied. Raises ConfigError where experts are more than LoRAs."""
@@ -195,7 +198,8 @@ class Mixture:
         """One more expert after the others, from a folder that PEFT wrote; the others keep their numbers and weights.
 
         It trains if the others do. A gate scores it 0 until its row is set (molex.gates_from_prompts) or trained; Arrow
-        knows its direction at once. Raises as `molex.from_peft` does, and ConfigError where router or experts are made
+        knows its direction at once. Make the optimizer after it: one made before holds parameters that are no longer in
+        the model. Raises as `molex.from_peft` does, and ConfigError where router or experts are made
         for a fixed number; the mixture is then as it was.
         """
         self._check_alive()

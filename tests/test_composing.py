@@ -191,6 +191,71 @@ def test_training_goes_on_after_one_more(folders: dict[str, Path], tmp_path: Pat
         assert torch.equal(tensor, frozen[name]) == (".router." not in name), name
 
 
+def test_adapters_may_be_called_by_numbers(folders: dict[str, Path]) -> None:
+    mixture = molex.from_peft(tiny("llama"), {"1": folders["law"], "0": folders["code"]})
+    assert mixture.experts == ["1", "0"]
+    with torch.no_grad(), mixture.using(adapters=["0", None, "1"]):
+        ours = mixture.model(**inputs()).logits
+    torch.testing.assert_close(ours, peft_logits(folders, ["code", "__base__", "law"]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_head_that_ends_like_a_target_is_no_target(tmp_path: Path) -> None:
+    """BERT's encoder and its head both have linears that end in `dense`."""
+    folder = write_peft(tmp_path / "law", tiny("bert"), target_modules=["attention.output.dense"])
+    mixture = molex.from_peft(tiny("bert"), {"law": folder}, router="soft")
+    assert mixture.config.targets == tuple(f"bert.encoder.layer.{i}.attention.output.dense" for i in range(2))
+
+
+def test_one_more_where_counts_were_allocated_comes_back_from_disk(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = molex.preset("mola", num_experts=8, allocation=(3, 3), rank=2, targets=("q_proj", "up_proj"))
+    mixture = molex.convert(tiny("llama"), config)
+    mixture.add_expert(folders["law"], "law")
+    mixture.save(tmp_path / "out")
+    assert molex.load(tiny("llama"), tmp_path / "out").experts == ["0", "1", "2", "law"]
+
+
+def test_one_more_after_growing_comes_back_from_disk(tmp_path: Path) -> None:
+    path = write_peft(tmp_path / "law", r=1)
+    mixture = molex.from_peft(tiny("llama"), {"law": path}, router="moram")
+    mixture.grow(1)
+    mixture.add_expert(path, "more")
+    with torch.no_grad():
+        wanted = mixture.model(**inputs()).logits
+    mixture.save(tmp_path / "out")
+    again = molex.load(tiny("llama"), tmp_path / "out")
+    assert again.experts == ["law", "1", "more"]
+    with torch.no_grad():
+        assert torch.equal(again.model(**inputs()).logits, wanted)
+
+
+def test_a_router_of_single_ranks_takes_no_wider_expert(tmp_path: Path) -> None:
+    mixture = molex.from_peft(tiny("llama"), {"law": write_peft(tmp_path / "law", r=1)}, router="moram")
+    before = snapshot(mixture.model)
+    with pytest.raises(ConfigError, match="of single ranks; 'new' has rank 4"):
+        mixture.add_expert(write_peft(tmp_path / "new"), "new")
+    assert same(before, snapshot(mixture.model))
+
+
+def test_one_more_without_the_head_of_the_others_is_refused(tmp_path: Path) -> None:
+    folders = whole_adapters(tmp_path, (1, 1))
+    mixture = molex.from_peft(tiny("llama", tie_word_embeddings=False), folders)
+    with pytest.raises(CheckpointError, match="plain was trained without the lm_head that the experts here came with"):
+        mixture.add_expert(write_peft(tmp_path / "plain", target_modules=["q_proj"]), "plain")
+    mixture.add_expert(folders["a0"], "another")
+    assert mixture.experts == ["a0", "a1", "another"]
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_a_name_is_a_text(name: Any, folders: dict[str, Path]) -> None:
+    mixture = molex.from_peft(tiny("llama"), folders)
+    for give in (lambda: mixture.add_expert(folders["law"], name), lambda: mixture.load_expert(0, name, {})):
+        with pytest.raises(ConfigError, match="an expert's name is a text that is not empty"):
+            give()
+    with pytest.raises(ConfigError, match="an expert's name is a text that is not empty"):
+        molex.from_peft(tiny("llama"), {name: folders["law"]})
+    assert mixture.experts == ["law", "code"]
+
+
 CANNOT_GROW: dict[str, tuple[str, type[Exception], str]] = {
     "a name twice": ("law", ConfigError, "there is an expert 'law' already"),
     "layers not routed": ("new", TargetError, "layers that are not routed here: model.layers.0.self_attn.v_proj"),
@@ -249,6 +314,35 @@ def test_trained_experts_are_exported_as_peft_loads_them(tmp_path: Path) -> None
         ours = mixture.model(**inputs()).logits
     theirs = peft_logits({path.name: path for path in paths}, ["1", "__base__", "0"])
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a/b", "../x", "..", ".", "/x", "a\0b"])
+def test_names_that_lead_out_of_the_folder_are_not_exported(
+    name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    mixture = molex.from_peft(tiny("llama"), {"law": folders["law"], name: folders["code"]})
+    with pytest.raises(ConfigError, match="cannot be a folder of that name; give it another"):
+        mixture.export_peft(tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()
+    mixture.load_expert(1, "a.b", mixture.factors(1))
+    assert [path.name for path in mixture.export_peft(tmp_path / "out")] == ["law", "a.b"]
+
+
+def test_a_file_in_the_place_of_one_expert_stops_all(folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "code").write_text("mine")
+    with pytest.raises(CheckpointError, match="code is a file"):
+        molex.from_peft(tiny("llama"), folders).export_peft(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["code"]
+
+
+def test_an_expert_put_in_the_place_of_another_is_exported_as_itself(folders: dict[str, Path], tmp_path: Path) -> None:
+    mixture = molex.from_peft(tiny("llama"), folders)
+    factors = mixture.factors(0)
+    mixture.load_expert(0, "law", {layer: lora._replace(scale=2 * lora.scale) for layer, lora in factors.items()})
+    mixture.export_peft(tmp_path / "out")
+    for layer, lora in read_adapter(tmp_path / "out" / "law").factors.items():
+        assert lora.scale == pytest.approx(2 * factors[layer].scale)
 
 
 def test_experts_trained_after_import_keep_their_precision(folders: dict[str, Path], tmp_path: Path) -> None:

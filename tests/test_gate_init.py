@@ -12,6 +12,7 @@ from molex.errors import ConfigError
 from molex.gate_init import fit_rows, gates_from_experts, gates_from_prompts
 from molex.mixture import Mixture
 from molex.workbench import load_tokenizer
+from tests.io.mixtures import same, snapshot
 from tests.io.peft_folders import write_peft
 from tests.models import tiny
 
@@ -119,6 +120,23 @@ def test_a_gate_gets_the_experts_own_direction(tmp_path: Path) -> None:
             top_D = torch.linalg.svd(layer.experts.materialize(expert_id).double()).Vh[0]
             row_D: Any = layer.router.gate.weight[expert_id]  # type: ignore[union-attr, index]
             assert abs(float(torch.cosine_similarity(row_D.double(), top_D, dim=0))) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"ridge": 0.0}, {"ridge": -1.0}, {"ridge": float("nan")}, {"sharpness": 1e999}])
+def test_settings_that_solve_nothing(settings: Any, tmp_path: Path) -> None:
+    mixture = mixture_of(tmp_path)
+    before = snapshot(mixture.model)
+    with pytest.raises(ConfigError, match=r"must be above 0, ridge and sharpness=.* finite"):
+        gates_from_prompts(mixture, load_tokenizer(), PROMPTS, **settings)
+    assert same(before, snapshot(mixture.model))
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    t5 = tiny("t5", vocab_size=264)
+    folder = write_peft(tmp_path / "law", t5, target_modules=["q"])
+    mixture = molex.from_peft(tiny("t5", vocab_size=264), {"law": folder, "code": folder})
+    with pytest.raises(ConfigError, match="no input of an encoder-decoder"):
+        gates_from_prompts(mixture, load_tokenizer(), PROMPTS)
 
 
 @pytest.mark.parametrize("router", ["arrow", molex.preset("xlora", depth=2, hidden_size=8)])

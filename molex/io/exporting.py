@@ -11,21 +11,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molex.errors import CheckpointError, ConfigError
 from molex.experts import LoRA
 from molex.io.adapter import Adapter
+from molex.io.hub import source_of
 from molex.io.peft import write_adapter
 from molex.mixture import Mixture
 
 
 def export_peft(mixture: Mixture, directory: Path) -> list[Path]:
     """See `Mixture.export_peft`."""
-    adapters = [adapter_of(mixture, expert_id) for expert_id in range(len(mixture.experts))]
-    folders = []
-    for adapter in adapters:
-        if adapter.factors:
-            folders.append(directory / adapter.name)
-            write_adapter(adapter, folders[-1])
+    every = [adapter_of(mixture, expert_id) for expert_id in range(len(mixture.experts))]
+    adapters = [adapter for adapter in every if adapter.factors]
+    folders = [_folder(directory, adapter.name) for adapter in adapters]
+    for adapter, folder in zip(adapters, folders, strict=True):
+        write_adapter(adapter, folder)
     return folders
+
+
+def _folder(directory: Path, name: str) -> Path:
+    """Raises ConfigError on names that lead elsewhere than into the directory, CheckpointError on a file's."""
+    if Path(name).name != name or name == ".." or "\0" in name:
+        raise ConfigError(
+            f"expert {name!r} cannot be a folder of that name; give it another: "
+            "mixture.load_expert(expert_id, name, mixture.factors(expert_id))"
+        )
+    if (directory / name).is_file():
+        raise CheckpointError(f"{directory / name} is a file; give another folder")
+    return directory / name
 
 
 def adapter_of(mixture: Mixture, expert_id: int) -> Adapter:
@@ -38,11 +51,15 @@ def adapter_of(mixture: Mixture, expert_id: int) -> Adapter:
         for layer, lora in mixture.factors(expert_id).items()
         if lora.A.any() or lora.B.any()
     }
-    trained_whole = tuple(f"{module}." for module in mixture.also_trained)
-    named = mixture.state_dict().items() if trained_whole else ()
-    whole = {key: _narrow(tensor, dtype) for key, tensor in named if key.startswith(trained_whole)}
-    base = str(getattr(getattr(mixture.model, "config", None), "_name_or_path", "") or "")
+    whole = {key: _narrow(tensor, dtype) for key, tensor in trained_whole(mixture).items()}
+    base = source_of(mixture.model)
     return Adapter(name=name, factors=factors, whole=whole, base=base, config=origin.get("config", {}))
+
+
+def trained_whole(mixture: Mixture) -> dict[str, Tensor]:
+    """What a mixture trains beside its experts, as parameters by name."""
+    modules = tuple(f"{module}." for module in mixture.also_trained)
+    return {key: tensor for key, tensor in mixture.state_dict().items() if key.startswith(modules)} if modules else {}
 
 
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:

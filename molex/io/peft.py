@@ -29,6 +29,8 @@ from molex.io.peft_features import check_features
 CONFIG_FILE, TENSOR_FILE, BIN_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+# PEFT also saves embeddings that were resized, without listing them
+_RESIZED = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "shared")
 
 
 def read_adapter(
@@ -40,7 +42,7 @@ def read_adapter(
     allow_bin: also take an old adapter_model.bin, by torch's restricted unpickler. Raises CheckpointError on files
     that are missing, damaged or of another kind, and on every feature that is more than a LoRA, naming it.
     """
-    folder = local_folder(path, [CONFIG_FILE, TENSOR_FILE], "give a folder that PEFT's save_pretrained wrote", revision)
+    folder = _find_folder(path, allow_bin, revision)
     config = read_config(folder)
     tensors = {_bare(key): tensor for key, tensor in read_weights(folder, allow_bin).items()}
     layers = sorted(key.removesuffix(_A) for key in tensors if key.endswith(_A))
@@ -54,6 +56,17 @@ def read_adapter(
     return Adapter(
         name=folder.resolve().name if name is None else name, factors=factors, whole=whole, base=base, config=config
     )
+
+
+def _find_folder(path: str | Path, allow_bin: bool, revision: str | None) -> Path:
+    """On the hub an adapter has one of two files; the old one is asked for last, and only where it is allowed."""
+    expected = "give a folder that PEFT's save_pretrained wrote"
+    try:
+        return local_folder(path, [CONFIG_FILE, TENSOR_FILE], expected, revision)
+    except CheckpointError:
+        if not allow_bin:
+            raise
+    return local_folder(path, [CONFIG_FILE, BIN_FILE], expected, revision)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -138,15 +151,15 @@ def pattern_value(pattern: str, default: str, layer: str, config: Mapping[str, A
 def _check_whole(whole: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
     """Raises CheckpointError on tensors that are neither LoRA's nor of a module the configuration says is saved."""
     saved = tuple(config.get("modules_to_save") or ())
-    # PEFT also saves embeddings that were resized, without listing them
-    listed_or_resized = (*saved, "embed_tokens", "lm_head")
+    listed_or_resized = (*saved, *_RESIZED)
     stray = [key for key in whole if not any(f".{module}." in f".{key}" for module in listed_or_resized)]
     if stray:
         raise CheckpointError(f"{folder} has tensors of no LoRA and no module in modules_to_save: {listed(stray)}")
 
 
-def write_adapter(adapter: Adapter, directory: str | Path) -> None:
-    """Writes a folder that `PeftModel.from_pretrained` loads: an adapter that was read comes out as it was.
+def write_adapter(adapter: Adapter, directory: str | Path, texts: Mapping[str, str] | None = None) -> None:
+    """Writes a folder that `PeftModel.from_pretrained` loads: an adapter that was read comes out as it was. texts:
+    further files to write beside.
 
     An adapter without a configuration of its own gets one that means its factors: r, lora_alpha and patterns for
     linears that differ. Raises CheckpointError where a configuration of its own does not mean these factors.
@@ -162,6 +175,8 @@ def write_adapter(adapter: Adapter, directory: str | Path) -> None:
     with staged(Path(directory)) as scratch:
         save_file(separate, scratch / TENSOR_FILE, metadata={"format": "pt"})
         write_json(scratch / CONFIG_FILE, config)
+        for name, text in (texts or {}).items():
+            (scratch / name).write_text(text, encoding="utf-8")
 
 
 def _list_whole(config: dict[str, Any], whole: Mapping[str, Tensor]) -> None:

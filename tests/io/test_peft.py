@@ -101,6 +101,14 @@ def test_modules_to_save_and_resized_embeddings_are_kept_whole(tmp_path: Path) -
     assert shapes == {"model.embed_tokens.weight": (70, 32), "lm_head.weight": (70, 32)}
 
 
+def test_resized_embeddings_of_other_names_are_kept_whole(tmp_path: Path) -> None:
+    resized = tiny("gpt2")
+    resized.resize_token_embeddings(70, mean_resizing=False)
+    settings = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    peft_model(resized, **settings).save_pretrained(tmp_path, save_embedding_layers=True)
+    assert read_adapter(tmp_path).whole["transformer.wte.weight"].shape == (70, 32)
+
+
 BLOCKS = BdLoraConfig(target_modules_bd_a=["q_proj"], target_modules_bd_b=["down_proj"], nblocks=2)
 
 # features that PEFT itself writes -> what the refusal says
@@ -199,6 +207,25 @@ def test_bin_files_are_read_on_demand_and_never_run(tmp_path: Path) -> None:
     torch.save([1], tmp_path / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="no mapping of names to tensors"):
         read_adapter(tmp_path, allow_bin=True)
+
+
+def test_an_old_adapter_of_the_hub_is_read_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = read_adapter(write_peft(tmp_path))
+    torch.save(load_file(tmp_path / TENSORS), tmp_path / "adapter_model.bin")
+    (tmp_path / TENSORS).unlink()
+
+    def cached_files(repository: str, names: list[str], revision: str | None) -> list[str]:
+        """As transformers': it raises OSError where the repository lacks one of the files."""
+        absent = [name for name in names if not (tmp_path / name).is_file()]
+        if absent:
+            raise OSError(f"{repository} does not appear to have files named {absent}")
+        return [str(tmp_path / name) for name in names]
+
+    monkeypatch.setattr("molex.io.hub.cached_files", cached_files)
+    with pytest.raises(CheckpointError, match="nor does the hub give it"):
+        read_adapter("someone/law")
+    again = read_adapter("someone/law", allow_bin=True)
+    assert all(torch.equal(again.factors[layer].B, lora.B) for layer, lora in adapter.factors.items())
 
 
 class Malice:
