@@ -122,8 +122,8 @@ def _inputs(
     mixture: Mixture, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str], expert: str | None
 ) -> dict[str, Tensor]:
     """What routers read (T, D), padding left out, while one expert, or the base alone, runs over the texts."""
-    model, stacks = mixture.model, find_stacks(mixture.model)
-    if len(stacks) > 1:
+    model, (*others, stack) = mixture.model, find_stacks(mixture.model)
+    if others:
         raise ConfigError("prompts alone are no input of an encoder-decoder; train its gates instead")
     batch = tokenizer(list(texts), padding=True, return_tensors="pt").to(next(model.parameters()).device)
     real_T = batch["attention_mask"].flatten().bool()
@@ -137,7 +137,7 @@ def _inputs(
         keep(layer.name, args[0])
 
     hooks = [mixture.layers[name].register_forward_pre_hook(keep_input) for name in names if name != _HEAD]
-    hooks.append(stacks[0].module.register_forward_hook(lambda module, args, output: keep(_HEAD, output[0])))
+    hooks.append(stack.module.register_forward_hook(lambda module, args, output: keep(_HEAD, output[0])))
     was_training = model.training
     try:
         with mixture.disabled() if expert is None or _HEAD in names else mixture.using(adapters=expert):
