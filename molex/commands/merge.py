@@ -151,10 +151,11 @@ def _merge_mixture(
 def _compare(mixture: "Mixture", recipe: "MergeRecipe", rows: Path, tokenizer: str | None) -> None:
     from transformers import AutoTokenizer
 
+    from molex.io.hub import source_of
     from molex.merging import compare_merges, rules
     from molex.merging.validation import validation_batches
 
-    name = tokenizer or _base_name(mixture) or recipe.mixture
+    name = tokenizer or source_of(mixture.model) or recipe.mixture
     batches = validation_batches(rows, AutoTokenizer.from_pretrained(name))
     candidates = [*rules] if recipe.rule is None else [recipe.ready_rule() or recipe.rule]
     losses = compare_merges(mixture, candidates, batches, recipe.weights, rank=recipe.rank, energy=recipe.energy)
@@ -170,34 +171,30 @@ def _show_offer(mixture: "Mixture") -> None:
 
 
 def _write_lora(mixture: "Mixture", merged: "Merged", recipe: "MergeRecipe", out: Path) -> None:
-    from molex.merging.adapters import one_adapter, write_one
+    from molex.io.exporting import trained_whole
+    from molex.io.hub import source_of
+    from molex.io.peft import write_adapter
+    from molex.merging.adapters import one_adapter
 
-    trained_whole = tuple(f"{name}." for name in mixture.also_trained)
-    whole = {n: t for n, t in mixture.state_dict().items() if trained_whole and n.startswith(trained_whole)}
-    write_one(
-        one_adapter(merged, whole, _base_name(mixture), recipe.torch_dtype()), out, {RECIPE_FILE: recipe.to_yaml()}
-    )
+    adapter = one_adapter(merged, trained_whole(mixture), source_of(mixture.model), recipe.torch_dtype())
+    write_adapter(adapter, out, {RECIPE_FILE: recipe.to_yaml()})
 
 
 def _write_folded(mixture: "Mixture", merged: "Merged", recipe: "MergeRecipe", out: Path) -> None:
+    from molex.io.companions import copy_files
     from molex.io.files import staged
+    from molex.io.hub import source_of
     from molex.io.shards import check_no_weights
-    from molex.merging.checkpoint import copy_small_files
     from molex.merging.of_mixture import fold_into
 
     check_no_weights(out)
     model: Any = fold_into(mixture, merged)
     with staged(out) as scratch:
-        for folder in (_base_name(mixture), recipe.mixture):  # where a tokenizer may be
+        for folder in (source_of(mixture.model), recipe.mixture):  # where a tokenizer may be
             if Path(folder).is_dir():
-                copy_small_files(Path(folder), scratch)
+                copy_files(Path(folder), scratch)
         model.to(recipe.torch_dtype()).save_pretrained(scratch, max_shard_size=recipe.shard_size)
         (scratch / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-
-
-def _base_name(mixture: "Mixture") -> str:
-    """The folder or hub id that a mixture's base came from; "" where it was made in memory."""
-    return str(getattr(getattr(mixture.model, "config", None), "_name_or_path", "") or "")
 
 
 def _tell(merged: "Merged", out: Path) -> None:

@@ -26,7 +26,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molex.errors import ConfigError
-from molex.evaluation.opening import Subject, evaluating, open_model, open_tokenizer
+from molex.evaluation.opening import Subject, open_model, open_tokenizer
+from molex.merging.evaluating import evaluating
 from molex.mixture import Mixture
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from molex.checks import check_choice
 from molex.errors import ConfigError, TargetError
 from molex.evaluation.figures import new_figure, write_figure
 from molex.evaluation.gates import expert_gates, routed_layers
-from molex.evaluation.opening import evaluating
+from molex.merging.evaluating import evaluating
 from molex.mixture import Mixture
 
 Measure = Literal["load", "weight"]

@@ -1,12 +1,9 @@
 """What an evaluation is given, a live model or a folder, opened: the model, and the tokenizer that goes with it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -77,15 +74,3 @@ def open_tokenizer(
         except (OSError, ValueError) as error:
             tried.append(f"{place}: {str(error).splitlines()[0]}")
     raise CheckpointError(f"no tokenizer ({'; '.join(tried) or 'the model was made in memory'}); pass tokenizer=")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and without gradients, for a while."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

@@ -14,6 +14,7 @@ from torch import Tensor
 from molex.errors import CheckpointError, ConfigError
 from molex.experts import LoRA
 from molex.io.adapter import Adapter
+from molex.io.hub import source_of
 from molex.io.peft import write_adapter
 from molex.mixture import Mixture
 
@@ -50,11 +51,15 @@ def adapter_of(mixture: Mixture, expert_id: int) -> Adapter:
         for layer, lora in mixture.factors(expert_id).items()
         if lora.A.any() or lora.B.any()
     }
-    trained_whole = tuple(f"{module}." for module in mixture.also_trained)
-    named = mixture.state_dict().items() if trained_whole else ()
-    whole = {key: _narrow(tensor, dtype) for key, tensor in named if key.startswith(trained_whole)}
-    base = str(getattr(getattr(mixture.model, "config", None), "_name_or_path", "") or "")
+    whole = {key: _narrow(tensor, dtype) for key, tensor in trained_whole(mixture).items()}
+    base = source_of(mixture.model)
     return Adapter(name=name, factors=factors, whole=whole, base=base, config=origin.get("config", {}))
+
+
+def trained_whole(mixture: Mixture) -> dict[str, Tensor]:
+    """What a mixture trains beside its experts, as parameters by name."""
+    modules = tuple(f"{module}." for module in mixture.also_trained)
+    return {key: tensor for key, tensor in mixture.state_dict().items() if key.startswith(modules)} if modules else {}
 
 
 def _narrow(tensor: Tensor, dtype: torch.dtype) -> Tensor:

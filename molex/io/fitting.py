@@ -4,7 +4,7 @@ A module trained whole (a head, resized embeddings) cannot be routed, so adapter
 must agree on it. Nothing here changes the model.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +24,23 @@ def adapted_layers(model: nn.Module, adapters: Sequence[Adapter]) -> list[str]:
     """
     modules = dict(model.named_modules())
     for adapter in adapters:
-        absent = [layer for layer in adapter.factors if layer not in modules]
-        if absent:
-            ends = sorted({name.split(".")[-1] for name, module in modules.items() if name and features(module)})
-            raise TargetError(
-                f"{adapter.name} changes {listed(absent)}, not in this model: it is for another architecture or "
-                f"wrapper. Linears here: {listed(ends, 12)}"
-            )
+        check_present(adapter.factors, modules, f"{adapter.name} changes")
     linears = find_linears(model, tuple({layer: None for adapter in adapters for layer in adapter.factors}))
     for adapter in adapters:
         for layer, lora in adapter.factors.items():
             _check_linear(f"{adapter.name}: {layer}", lora.A, lora.B, linears[layer])
     return [*linears]
+
+
+def check_present(layers: Iterable[str], modules: Mapping[str, nn.Module], subject: str) -> None:
+    """Raises TargetError on layers that are none of a model's modules. subject: who changes them, "x changes"."""
+    absent = [layer for layer in layers if layer not in modules]
+    if absent:
+        ends = sorted({name.split(".")[-1] for name, module in modules.items() if name and features(module)})
+        raise TargetError(
+            f"{subject} {listed(absent)}, not in this model, which has another architecture or wrapper. "
+            f"Linears here: {listed(ends, 12)}"
+        )
 
 
 def _check_linear(place: str, A_RD: Tensor, B_OR: Tensor, linear: nn.Module) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import nn
 from transformers.utils.hub import cached_files
 
 from molex.errors import CheckpointError
@@ -31,3 +32,8 @@ def local_folder(path: str | Path, files: Sequence[str], expected: str, revision
         raise CheckpointError(f"{path} is no folder here, nor does the hub give it ({reason}); {expected}") from error
     assert found is not None
     return Path(found[0]).parent
+
+
+def source_of(model: nn.Module) -> str:
+    """The folder or hub id that a model came from; "" where it was made in memory."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")

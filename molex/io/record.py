@@ -24,6 +24,7 @@ import molex
 from molex.config import MixtureConfig
 from molex.distributed import num_elements
 from molex.errors import CheckpointError, MolexError
+from molex.io.hub import source_of
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 from molex.routers.staged import StagedRouter
@@ -127,7 +128,7 @@ def base_record(model: nn.Module, included: bool = False) -> BaseRecord:
     class_name = type(model).__name__.removeprefix("FSDP")
     sizes = {name: getattr(config, name, None) for name in _SIZES}
     return BaseRecord(
-        name_or_path=str(getattr(config, "_name_or_path", "") or ""),
+        name_or_path=source_of(model),
         class_name=class_name,
         model_type=getattr(config, "model_type", None) or class_name,
         dtype=str(getattr(model, "dtype", "")).removeprefix("torch."),

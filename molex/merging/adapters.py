@@ -17,8 +17,8 @@ from molex.checks import check_choice, listed
 from molex.composing import as_adapter
 from molex.errors import CheckpointError, ConfigError, StateError
 from molex.io.adapter import Adapter
-from molex.io.files import staged
 from molex.io.fitting import agreed_whole, replace_whole
+from molex.io.hub import source_of
 from molex.io.peft import write_adapter
 from molex.library import Factors
 from molex.merging.base import MergeRule, make_rule
@@ -101,7 +101,7 @@ def merge_folder(
     names = (name for name, _ in opened.model.named_modules())
     merged = merge_factors(experts, rule, weights, names=names, rank=rank, energy=energy, on_layer=output.on_layer)
     if output.kind == "lora":
-        write_one(one_adapter(merged, whole, str(base), output.dtype), out, output.texts)
+        write_adapter(one_adapter(merged, whole, str(base), output.dtype), out, output.texts)
         return merged
     write_dense(
         opened,
@@ -114,14 +114,6 @@ def merge_folder(
         on_tensor=output.on_tensor,
     )
     return merged
-
-
-def write_one(adapter: Adapter, out: Path, texts: Mapping[str, str]) -> None:
-    """One PEFT folder, and further files beside it."""
-    write_adapter(adapter, out)
-    with staged(out) as scratch:
-        for name, text in texts.items():
-            (scratch / name).write_text(text, encoding="utf-8")
 
 
 def read_sources(adapters: Mapping[str, Source]) -> list[Adapter]:
@@ -177,6 +169,5 @@ def _into_model(model: nn.Module, adapters: list[Adapter], merged: Merged) -> nn
 
 def _beside_model(model: nn.Module, adapters: list[Adapter], merged: Merged, output: Output, out: Path) -> Path:
     find_linears(model, sizes_of(merged.factors))
-    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    write_one(one_adapter(merged, same_whole(adapters), name, output.dtype), out, {})
+    write_adapter(one_adapter(merged, same_whole(adapters), source_of(model), output.dtype), out)
     return out

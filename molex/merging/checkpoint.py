@@ -5,7 +5,6 @@ What a linear is called in the files is found from its name in the model: prefix
 or not. The model itself is only built without memory (on the meta device), to tell what is transposed or tied.
 """
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,14 +19,12 @@ from transformers import AutoConfig, PreTrainedModel
 
 from molex.errors import CheckpointError
 from molex.experts import LoRA
+from molex.io.companions import COMPANION_FILES, copy_files
 from molex.io.files import Header, read_json, staged, write_json
 from molex.io.shards import INDEX_FILE, WEIGHT_FILES, check_no_weights, num_bytes, split, write_shards
 from molex.io.stream import CODES, DTYPES, Entry, Slot, read_slots
 from molex.library import Factors
 from molex.merging.folding import Sizes, add_to, find_linears, refuse_twins, sizes_of, transposed
-
-_TEXT_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
-_SMALL_FILES = (*_TEXT_FILES, "chat_template*", "generation_config.json", "p*processor_config.json", "LICENSE*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +105,7 @@ def write_dense(
     }
     with staged(out) as scratch:
         write_shards(shards, scratch)
-        copy_small_files(base.folder, scratch)
+        copy_files(base.folder, scratch)
         _write_config(base, scratch, dtype)
         for name, text in (texts or {}).items():
             (scratch / name).write_text(text, encoding="utf-8")
@@ -148,14 +145,6 @@ def _transposed(base: Base, layer: str) -> bool:
     return transposed(base.model.get_submodule(layer))
 
 
-def copy_small_files(folder: Path, scratch: Path) -> None:
-    """Tokenizer, chat template, generation settings, licence."""
-    for pattern in _SMALL_FILES:
-        for path in folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, scratch / path.name)
-
-
 def _write_config(base: Base, scratch: Path, dtype: torch.dtype | None) -> None:
     """The base's configuration, with the dtype as written."""
     config = dict(base.config)
@@ -190,7 +179,7 @@ def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
 
 def _download(path: str | Path) -> Path:
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["config.json", *_SMALL_FILES, *WEIGHT_FILES]))
+        return Path(snapshot_download(str(path), allow_patterns=["config.json", *COMPANION_FILES, *WEIGHT_FILES]))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path} is no folder here, nor does the hub give it ({reason})") from error

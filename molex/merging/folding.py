@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from molex.checks import listed
 from molex.errors import TargetError
 from molex.experts import LoRA
+from molex.io.fitting import check_present
 from molex.library import Factors
 from molex.linears import features
 
@@ -48,13 +48,7 @@ def sizes_of(factors: Factors) -> dict[str, tuple[int, int]]:
 def find_linears(model: nn.Module, sizes: Sizes) -> dict[str, nn.Module]:
     """The linears of these names. Raises TargetError on one that is absent, of another size, or shares its weight."""
     modules = dict(model.named_modules())
-    absent = [name for name in sizes if name not in modules]
-    if absent:
-        ends = sorted({name.split(".")[-1] for name, module in modules.items() if name and features(module)})
-        raise TargetError(
-            f"adapters change {listed(absent)}, not in this model: they are for another architecture or wrapper. "
-            f"Linears here: {listed(ends, 12)}"
-        )
+    check_present(sizes, modules, "adapters change")
     for name, size in sizes.items():
         here = features(modules[name])
         if here != size:

@@ -15,6 +15,7 @@ from torch import nn
 from molex.composing import from_peft
 from molex.errors import ConfigError
 from molex.merging.adapters import Source, read_sources
+from molex.merging.evaluating import evaluating
 from molex.merging.of_mixture import constant_weights
 from molex.mixture import Mixture
 
@@ -38,15 +39,12 @@ def learn_soup(
     if any(adapter.whole for adapter in read):
         raise ConfigError("a soup mixes LoRAs; adapters with modules trained whole are not learned over")
     mixture = from_peft(model, {adapter.name: adapter for adapter in read}, router="static")
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()  # no dropout: so few numbers need no regularisation
-        _train(mixture, batches, steps, learning_rate)
+        with evaluating(model), torch.enable_grad():  # no dropout: so few numbers need no regularisation
+            _train(mixture, batches, steps, learning_rate)
         learned = {name: constant_weights(mixture, name) or [] for name in mixture.layers}
     finally:
         mixture.revert()
-        for module, mode in modes.items():
-            module.training = mode
     return {adapter.name: {name: weights[i] for name, weights in learned.items()} for i, adapter in enumerate(read)}
 
 

@@ -7,7 +7,6 @@ of experts, which is told before anything is written.
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from molex.checks import check_range
 from molex.errors import CheckpointError
+from molex.io.companions import TOKENIZER_FILES, copy_files
 from molex.io.files import staged, write_json
 from molex.io.native.blocks import Experts, dense_weight
 from molex.io.native.checking import Agreement, check_export
@@ -32,17 +32,6 @@ from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 
 logger = logging.getLogger("molex")
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 class Tokenizer(Protocol):
@@ -177,10 +166,7 @@ def _write_tokenizer(base: PretrainedConfig, tokenizer: Tokenizer | None, scratc
         tokenizer.save_pretrained(str(scratch))
         return
     source = getattr(base, "_name_or_path", "")
-    found = [Path(source, name) for name in _TOKENIZER_FILES if source and Path(source, name).is_file()]
-    for path in found:
-        shutil.copyfile(path, scratch / path.name)
-    if not found:
+    if not source or not copy_files(Path(source), scratch, TOKENIZER_FILES):
         logger.warning("the base's folder has no tokenizer files; pass tokenizer= to have them beside the weights")
 
 
