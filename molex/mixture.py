@@ -176,7 +176,7 @@ class Mixture:
         has changed.
         """
         self._check_alive()
-        before = self.experts
+        before = [*self.experts]
         library.load_expert(self.layers, expert_id, name, factors)
         for replaced in {name, before[expert_id]}:  # what a folder said of it is no longer true
             self.origins.pop(replaced, None)

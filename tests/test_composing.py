@@ -345,6 +345,12 @@ def test_an_expert_put_in_the_place_of_another_is_exported_as_itself(folders: di
         assert lora.scale == pytest.approx(2 * factors[layer].scale)
 
 
+def test_what_a_folder_said_goes_with_its_expert(folders: dict[str, Path]) -> None:
+    mixture = molex.from_peft(tiny("llama"), folders)
+    mixture.load_expert(0, "statute", mixture.factors(0))
+    assert [*mixture.origins] == ["code"]
+
+
 def test_experts_trained_after_import_keep_their_precision(folders: dict[str, Path], tmp_path: Path) -> None:
     half = {name: tensor.bfloat16() for name, tensor in load_file(folders["law"] / "adapter_model.safetensors").items()}
     save_file(half, folders["law"] / "adapter_model.safetensors")
