@@ -6,7 +6,8 @@
 
 Rows are the base; each skill's own adapter (the oracle); the uniform merge and TIES, which need no router; Arrow, which
 needs no training; and routers trained on all skills at once: MeteoRA's gates, its gates together with the LoRAs (as its
-released script does), X-LoRA's head, LoRA-Mixer's second stage. MeteoRA's claim is that routing stays near the oracle.
+released script does; here by the language modelling loss alone, on prompts that mix skills), X-LoRA's head,
+LoRA-Mixer's second stage. MeteoRA's claim is that routing stays near the oracle.
 
 The adapters change layers 2 and up: what a prompt asks for is not yet in the states that lower layers read (a linear
 probe on the text's tokens names the skill for 16% of them at layer 0, 79% at layer 1, 98% from layer 2 on), so that no
@@ -60,7 +61,7 @@ class Arguments:
     rows: str = field(default="", metadata={"help": "Comma-separated row names; all by default."})
     seeds: str = field(default="0", metadata={"help": "Comma-separated; processes with others may share --out."})
     adapter_steps: int = 120
-    router_steps: int = 60
+    router_steps: int = 150
     start_prompts: int = field(default=24, metadata={"help": "Prompts of each skill that routers start from."})
     test: int = field(default=100, metadata={"help": "Test questions for each skill."})
 
@@ -139,15 +140,29 @@ class Bench:
         if mixture.trainable_parameters():
             self.start(mixture)
             steps = self.arguments.router_steps
-            run = Run(steps=steps, learning_rate=2e-3)
-            by_skill = [*self.practice(steps * run.batch_size // len(self.skills) + 1).values()]
-            fit(mixture, TOKENIZER, [row for rows in zip(*by_skill, strict=True) for row in rows], run)
+            run = Run(steps=steps, learning_rate=3e-3)
+            rows = self.mixed(steps * run.batch_size) if config.train_experts else self.in_turn(steps * run.batch_size)
+            fit(mixture, TOKENIZER, rows, run)
         mixture.save(Path(self.arguments.out) / "mixtures" / str(self.seed) / name)
         return self.score(mixture.model.eval())
 
     def practice(self, count: int) -> dict[str, list[Row]]:
         """Rows that a router learns each skill from."""
         return {name: practice(name, task_id, count, self.seed) for task_id, name in enumerate(self.skills)}
+
+    def in_turn(self, count: int) -> list[Row]:
+        """`practice` of every skill in turn: each row is of one task, which MeteoRA's gate loss wants to know."""
+        by_skill = self.practice(count // len(self.skills) + 1).values()
+        return [row for rows in zip(*by_skill, strict=True) for row in rows]
+
+    def mixed(self, count: int) -> list[Row]:
+        """Single questions, and between them numbered prompts of one to four different skills, which are of no task."""
+        rng, own = Random(f"{self.seed} mixed"), skills()
+        rows = dataset(self.skills, "train", count, seed=self.seed)
+        for index in range(1, count, 2):
+            asked = rng.sample(self.skills, rng.randint(1, min(4, len(self.skills))))
+            rows[index] = {**numbered([own[name] for name in asked], rng, "train"), "task_ids": 0}
+        return rows
 
     def start(self, mixture: Mixture) -> None:
         """Questions with their answers, so that routers know the states of both."""
@@ -163,7 +178,9 @@ ROWS: dict[str, Callable[[Bench], dict[str, float]]] = {
     "TIES": lambda bench: bench.merged("ties"),
     "arrow": lambda bench: bench.routed("arrow", "arrow"),
     "meteora": lambda bench: bench.routed("meteora", "meteora"),
-    "meteora, gates and LoRAs": lambda bench: bench.routed("meteora-loras", "meteora", train_experts=True),
+    "meteora, gates and LoRAs": lambda bench: bench.routed(
+        "meteora-loras", "meteora", train_experts=True, task_coefficient=0.0
+    ),
     "xlora": lambda bench: bench.routed("xlora", "xlora"),
     "lora-mixer": lambda bench: bench.routed("lora-mixer", "lora-mixer", stage="soft", train_experts=False),
 }
