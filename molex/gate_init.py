@@ -20,6 +20,7 @@ from molex.errors import ConfigError
 from molex.layer import MixtureLinear
 from molex.library import expert_names
 from molex.mixture import Mixture
+from molex.modes import evaluating
 from molex.routers import Router
 from molex.routers.arrow import top_direction
 from molex.tokens import find_stacks
@@ -117,7 +118,6 @@ def _check_prompts(names: list[str], prompts: Mapping[str, Sequence[str]], wante
         raise ConfigError(f"give a list of prompts for each of two or more experts{lacking}")
 
 
-@torch.no_grad()
 def _inputs(
     mixture: Mixture, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], names: Sequence[str], expert: str | None
 ) -> dict[str, Tensor]:
@@ -128,6 +128,7 @@ def _inputs(
     batch = tokenizer(list(texts), padding=True, return_tensors="pt").to(next(model.parameters()).device)
     real_T = batch["attention_mask"].flatten().bool()
     seen: dict[str, Tensor] = {}
+    no_expert = expert is None or _HEAD in names
 
     def keep(name: str, x: Tensor) -> None:
         seen[name] = x.reshape(-1, x.shape[-1])[real_T.to(x.device)].float()
@@ -138,12 +139,10 @@ def _inputs(
 
     hooks = [mixture.layers[name].register_forward_pre_hook(keep_input) for name in names if name != _HEAD]
     hooks.append(stack.module.register_forward_hook(lambda module, args, output: keep(_HEAD, output[0])))
-    was_training = model.training
     try:
-        with mixture.disabled() if expert is None or _HEAD in names else mixture.using(adapters=expert):
-            model.eval()(**batch)
+        with evaluating(model), mixture.disabled() if no_expert else mixture.using(adapters=expert):
+            model(**batch)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return {name: seen[name] for name in names}

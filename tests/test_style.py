@@ -39,7 +39,7 @@ def test_core_does_not_import_upwards() -> None:
 
 # what may be imported, from the ground up; a folder stands for its files
 FLOORS = (
-    ("errors", "checks", "registry", "exact", "entropy", "architectures", "distributed", "linears"),
+    ("errors", "checks", "registry", "exact", "entropy", "architectures", "distributed", "linears", "modes"),
     ("routing", "stats"),
     ("tokens", "losses", "routers", "kernels", "allocation"),
     ("state", "experts"),

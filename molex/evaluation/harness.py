@@ -27,8 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molex.errors import ConfigError
 from molex.evaluation.opening import Subject, open_model, open_tokenizer
-from molex.merging.evaluating import evaluating
 from molex.mixture import Mixture
+from molex.modes import evaluating
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

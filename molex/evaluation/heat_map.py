@@ -18,8 +18,8 @@ from molex.checks import check_choice
 from molex.errors import ConfigError, TargetError
 from molex.evaluation.figures import new_figure, write_figure
 from molex.evaluation.gates import expert_gates, routed_layers
-from molex.merging.evaluating import evaluating
 from molex.mixture import Mixture
+from molex.modes import evaluating
 
 Measure = Literal["load", "weight"]
 Panel = Mapping[str, Tensor]  # layer name -> one number for each expert (E,)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molex.errors import ConfigError, TargetError
 from molex.evaluation.gates import expert_gates, routed_layers
-from molex.merging.evaluating import evaluating
 from molex.mixture import Mixture
+from molex.modes import evaluating
 
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or not yet
 

@@ -1,26 +1,12 @@
-"""Measuring a model: evaluation mode and no gradients for a while, and its loss over batches."""
+"""Measuring a model: its loss over batches."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from molex.errors import ConfigError
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module trains or not as it did."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+from molex.modes import evaluating
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> float:

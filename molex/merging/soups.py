@@ -15,9 +15,9 @@ from torch import nn
 from molex.composing import from_peft
 from molex.errors import ConfigError
 from molex.merging.adapters import Source, read_sources
-from molex.merging.evaluating import evaluating
 from molex.merging.of_mixture import constant_weights
 from molex.mixture import Mixture
+from molex.modes import evaluating
 
 
 def learn_soup(

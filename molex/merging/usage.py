@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from molex.errors import ConfigError
-from molex.merging.evaluating import evaluating
 from molex.merging.of_mixture import decider
 from molex.mixture import Mixture
+from molex.modes import evaluating
 
 
 def usage_weights(mixture: Mixture, batches: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, cast
 
-import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from molex.modes import evaluating
 from molex.workbench.data import question_and_answer
 
 
@@ -41,13 +41,10 @@ def answers(
     batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(
         next(model.parameters()).device
     )
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model):
         ids_BS = cast(Any, model).generate(
             **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
-    model.train(was_training)
     return tokenizer.batch_decode(ids_BS[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

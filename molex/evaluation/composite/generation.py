@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from molex.errors import ConfigError, StateError
 from molex.evaluation.composite.parsing import cut_at
 from molex.evaluation.gates import expert_gates
-from molex.merging.evaluating import evaluating
 from molex.mixture import Mixture
+from molex.modes import evaluating
 from molex.routing import Decision, Trace
 
 
