@@ -48,6 +48,11 @@ def slot_counts(decision: Decision) -> Tensor:
     return routing._replace(weights=weights_TK.detach()).gates().sum(0)
 
 
+def expert_gates(decision: Decision, num_experts: int) -> Tensor:
+    """(T, E): each expert's weight for each token, the mean over its heads; zero where it was not chosen."""
+    return decision.routing.gates().detach().unflatten(-1, (-1, num_experts)).mean(-2)
+
+
 @torch.no_grad()
 def layer_stats(trace: Trace) -> dict[str, LayerStats]:
     """Statistics of one forward, per layer, on the CPU; over this process's tokens only."""

@@ -1,11 +1,8 @@
-"""Who served a token, read from a trace: the weight of each expert, also where one has several gates (MHR's heads)."""
-
-from torch import Tensor
+"""Which layers have a routing to show."""
 
 from molex.errors import ConfigError, StateError
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
-from molex.routing import Decision
 
 
 def routed_layers(mixture: Mixture) -> dict[str, MixtureLinear]:
@@ -17,8 +14,3 @@ def routed_layers(mixture: Mixture) -> dict[str, MixtureLinear]:
     if not found:
         raise ConfigError(f"{mixture.config.method}: no layer has more than one expert, so there is no routing to show")
     return found
-
-
-def expert_gates(decision: Decision, num_experts: int) -> Tensor:
-    """(T, E): each expert's weight for each token, the mean over its heads; zero where it was not chosen."""
-    return decision.routing.gates().detach().unflatten(-1, (-1, num_experts)).mean(-2)

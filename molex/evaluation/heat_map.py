@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from molex.checks import check_choice
 from molex.errors import ConfigError, TargetError
 from molex.evaluation.figures import new_figure, write_figure
-from molex.evaluation.gates import expert_gates, routed_layers
+from molex.evaluation.gates import routed_layers
 from molex.mixture import Mixture
 from molex.modes import evaluating
+from molex.stats import expert_gates
 
 Measure = Literal["load", "weight"]
 Panel = Mapping[str, Tensor]  # layer name -> one number for each expert (E,)

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molex.errors import ConfigError, TargetError
-from molex.evaluation.gates import expert_gates, routed_layers
+from molex.evaluation.gates import routed_layers
 from molex.mixture import Mixture
 from molex.modes import evaluating
+from molex.stats import expert_gates
 
 _UNFINISHED = "\ufffd"  # what decoders write for bytes that are no character, or not yet
 

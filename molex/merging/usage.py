@@ -14,6 +14,7 @@ from molex.errors import ConfigError
 from molex.merging.of_mixture import decider
 from molex.mixture import Mixture
 from molex.modes import evaluating
+from molex.stats import expert_gates
 
 
 def usage_weights(mixture: Mixture, batches: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -28,17 +29,16 @@ def usage_weights(mixture: Mixture, batches: Iterable[Mapping[str, Any]]) -> dic
             mixture.model(**batch)
             for name, decision in mixture.state.trace.items():
                 mask_T = decision.mask().double()
-                gates_E = mask_T @ decision.routing.gates().double()
-                sums[name] = sums.get(name, 0) + gates_E
+                gates_TE = expert_gates(decision, mixture.layers[name].experts.num_experts).double()
+                sums[name] = sums.get(name, 0) + mask_T @ gates_TE
                 tokens[name] = tokens.get(name, 0.0) + float(mask_T.sum())
     if not sums:
         raise ConfigError("usage is measured on batches, and there are none")
-    routed = {name: layer for name, layer in mixture.layers.items() if not layer.plain}
+    routed = [name for name, layer in mixture.layers.items() if not layer.plain]
     shares = {}
-    for name, layer in routed.items():
+    for name in routed:
         source = decider(mixture, name)
-        by_head = (sums[source] / tokens[source]).unflatten(0, (layer.experts.num_heads, -1))
-        shares[name] = by_head.mean(0).tolist()
+        shares[name] = (sums[source] / tokens[source]).tolist()
     return {
         expert: {name: own[i] if i < len(own) else 0.0 for name, own in shares.items()}
         for i, expert in enumerate(mixture.experts)

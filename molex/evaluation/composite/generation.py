@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from molex.errors import ConfigError, StateError
 from molex.evaluation.composite.parsing import cut_at
-from molex.evaluation.gates import expert_gates
 from molex.mixture import Mixture
 from molex.modes import evaluating
 from molex.routing import Decision, Trace
+from molex.stats import expert_gates
 
 
 @dataclass(frozen=True)
