@@ -18,7 +18,6 @@ import json
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
@@ -35,6 +34,7 @@ from molex.presets import preset, presets
 from molex.routers.staged import Stage, StagedRouter
 from molex.surgery import convert
 from molex.workbench import dataset, exact_match, load_base, load_tokenizer, skills
+from molex.workbench.cells import run_cell
 from molex.workbench.model import base_config
 from molex.workbench.plots import bars
 from molex.workbench.settings import OVER_ADAPTERS, task_types, workbench_preset
@@ -197,19 +197,6 @@ class Bench:
         mean = {key: torch.stack([s[key].double() for s in states]).mean(0) for key in states[0]}
         mixture.model.load_state_dict({k: v.to(states[0][k].dtype) for k, v in mean.items()}, strict=False)
         return {"single": fmean(single), "merged": self.score(mixture, "test", self.arguments.test)}
-
-
-def run_cell(out: Path, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A cell's record, from its file or by running it; the file is written whole or not at all."""
-    path = out / "cells" / f"{name.replace(': ', '-').replace(' ', '-')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        print(f"{time.strftime('%H:%M')}  {name}", flush=True)
-        record = make()
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"cell": name, "torch": torch.__version__, **record}, indent=1) + "\n")
-        partial.rename(path)
-    return json.loads(path.read_text())
 
 
 def same_comparison(out: Path, arguments: Arguments) -> None:

@@ -17,7 +17,6 @@ know the format of composite tasks. Routers start from --start_prompts prompts o
 Every cell is one JSON file under --out/cells; one that exists is not run again.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -36,7 +35,6 @@ from molex.composing import from_peft
 from molex.errors import ConfigError
 from molex.mixture import Mixture
 from molex.workbench import (
-    collate,
     dataset,
     exact_match,
     load_base,
@@ -45,7 +43,9 @@ from molex.workbench import (
     question_and_answer,
     skills,
 )
+from molex.workbench.cells import run_cell
 from molex.workbench.data import Row
+from molex.workbench.measure import train
 from molex.workbench.training import Run, fit
 
 TOKENIZER = load_tokenizer()
@@ -85,15 +85,7 @@ def learn_adapters(arguments: Arguments, names: list[str], seed: int) -> dict[st
         layers = list(range(2, load_base().config.num_hidden_layers))
         config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, layers_to_transform=layers)
         model = peft.get_peft_model(load_base(), config)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.adapter_steps)
-        rows = practice(skill, 0, 48 * arguments.adapter_steps, seed)
-        for step in range(arguments.adapter_steps):
-            model(**collate(rows[48 * step : 48 * (step + 1)], TOKENIZER), use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        train(model, TOKENIZER, practice(skill, 0, 48 * arguments.adapter_steps, seed), batch=48, learning_rate=5e-3)
         model.save_pretrained(str(folder))
     return folders
 
@@ -186,23 +178,20 @@ ROWS: dict[str, Callable[[Bench], dict[str, float]]] = {
 }
 
 
-def run_cell(bench: Bench, row: str) -> dict[str, float]:
-    """A cell's scores, from its file or by running it; the file is written whole or not at all."""
-    name = f"{row.replace(', ', '-').replace(' ', '-')}-seed-{bench.seed}.json"
-    path = Path(bench.arguments.out) / "cells" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+def scores_of(bench: Bench, row: str) -> dict[str, float]:
+    """A cell's scores. Raises ConfigError where its file is of other settings."""
     settings = {key: value for key, value in asdict(bench.arguments).items() if key not in ("out", "rows", "seeds")}
-    if not path.exists():
+    out = Path(bench.arguments.out)
+
+    def make() -> dict[str, Any]:
         started = time.monotonic()
-        record = {"row": row, "seed": bench.seed, "settings": settings, "torch": torch.__version__}
-        record |= {"scores": ROWS[row](bench), "seconds": time.monotonic() - started}
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n")
-        partial.rename(path)
-        print(f"{row}, seed {bench.seed}: {fmean(record['scores'].values()):.3f}", flush=True)
-    record = json.loads(path.read_text())
+        scores = ROWS[row](bench)
+        seconds = time.monotonic() - started
+        return {"row": row, "seed": bench.seed, "settings": settings, "scores": scores, "seconds": seconds}
+
+    record = run_cell(out, f"{row} seed {bench.seed}", make)
     if record["settings"] != settings:
-        raise ConfigError(f"{path} was run with {record['settings']}, not with {settings}; choose another --out")
+        raise ConfigError(f"{out} holds cells of {record['settings']}, not of {settings}; choose another --out")
     return record["scores"]
 
 
@@ -228,7 +217,7 @@ def main() -> None:
     for seed in map(int, arguments.seeds.split(",")):
         bench = Bench(arguments, names, learn_adapters(arguments, names, seed), seed)
         for row in wanted:
-            cells[row].append(run_cell(bench, row))
+            cells[row].append(scores_of(bench, row))
     text = table(cells, names)
     (Path(arguments.out) / "table.md").write_text(f"{text}\n")
     print(text)

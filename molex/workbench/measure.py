@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from peft import LoraConfig
+from torch import nn
 from tqdm import trange
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from molex.workbench.data import Row, collate, dataset
 from molex.workbench.model import load_base
@@ -50,7 +51,7 @@ def measure(names: Sequence[str], options: argparse.Namespace) -> Iterator[tuple
 
 
 def train(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     batch: int,
