@@ -75,7 +75,8 @@ def load_expert(layers: Layers, expert_id: int, name: str, factors: Factors) -> 
 
 def append_expert(layers: Layers, head: Router | None, name: str, factors: Factors) -> None:
     """See `Mixture.append_expert`; head: what routes for all layers, if one router does."""
-    if name in expert_names(layers):
+    names = expert_names(layers)
+    if name in names:
         raise ConfigError(f"there is an expert {name!r} already; choose another name")
     routed = {layer_name: layer for layer_name, layer in layers.items() if not layer.plain}
     unknown = sorted(set(factors) - set(routed))
@@ -84,7 +85,7 @@ def append_expert(layers: Layers, head: Router | None, name: str, factors: Facto
     for layer_name, layer in routed.items():
         if type(layer.experts) is not LoRABank:
             raise ConfigError(f"{layer_name}: only plain LoRA experts can be joined by one more")
-        if layer.experts.num_experts != len(expert_names(layers)):
+        if layer.experts.num_experts != len(names):
             raise ConfigError("layers have unlike numbers of experts, so that one more would have no common number")
         if layer_name in factors:
             rank = factors[layer_name].A.shape[0]

@@ -5,6 +5,7 @@ folder it was. Others get a configuration that means them. Layers where an exper
 an adapter that did not change a layer is a zero expert there.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from molex.mixture import Mixture
 
 def export_peft(mixture: Mixture, directory: Path) -> list[Path]:
     """See `Mixture.export_peft`."""
-    every = [adapter_of(mixture, expert_id) for expert_id in range(len(mixture.experts))]
+    whole = trained_whole(mixture)
+    every = [adapter_of(mixture, expert_id, whole) for expert_id in range(len(mixture.experts))]
     adapters = [adapter for adapter in every if adapter.factors]
     folders = [_folder(directory, adapter.name) for adapter in adapters]
     for adapter, folder in zip(adapters, folders, strict=True):
@@ -41,8 +43,11 @@ def _folder(directory: Path, name: str) -> Path:
     return directory / name
 
 
-def adapter_of(mixture: Mixture, expert_id: int) -> Adapter:
-    """One expert as an adapter. Raises ConfigError where experts are more than LoRAs."""
+def adapter_of(mixture: Mixture, expert_id: int, whole: Mapping[str, Tensor]) -> Adapter:
+    """One expert as an adapter, with `whole`, what the mixture trains beside its experts.
+
+    Raises ConfigError where experts are more than LoRAs.
+    """
     name = mixture.experts[expert_id]
     origin: dict[str, Any] = mixture.origins.get(name, {})
     dtype = getattr(torch, origin["dtype"]) if origin else torch.float64
@@ -51,9 +56,9 @@ def adapter_of(mixture: Mixture, expert_id: int) -> Adapter:
         for layer, lora in mixture.factors(expert_id).items()
         if lora.A.any() or lora.B.any()
     }
-    whole = {key: _narrow(tensor, dtype) for key, tensor in trained_whole(mixture).items()}
+    narrowed = {key: _narrow(tensor, dtype) for key, tensor in whole.items()}
     base = source_of(mixture.model)
-    return Adapter(name=name, factors=factors, whole=whole, base=base, config=origin.get("config", {}))
+    return Adapter(name=name, factors=factors, whole=narrowed, base=base, config=origin.get("config", {}))
 
 
 def trained_whole(mixture: Mixture) -> dict[str, Tensor]:

@@ -63,8 +63,9 @@ def agreed_whole(model: nn.Module, adapters: Sequence[Adapter]) -> dict[str, Ten
     for name in sorted({name for adapter in adapters for name in adapter.whole}):
         if name not in own:
             raise CheckpointError(f"{_holders(name, adapters)} replace {name}, which this model does not have")
-        value = _agreed(name, own[name].detach().cpu(), adapters)
-        if torch.equal(value, own[name].detach().cpu()):
+        here = own[name].detach().cpu()
+        value = _agreed(name, here, adapters)
+        if torch.equal(value, here):
             continue
         twins = [other for other, tensor in own.items() if tensor is own[name] and other != name]
         if twins:

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ def make_config(adapter: Adapter) -> dict[str, Any]:
     """adapter_config.json for factors that come from no PEFT folder."""
     ranks = {layer: lora.A.shape[0] for layer, lora in adapter.factors.items()}
     alphas = {layer: lora.scale * ranks[layer] for layer, lora in adapter.factors.items()}
-    rank, alpha = _usual([*ranks.values()]), _usual([*alphas.values()])
+    rank, alpha = mode(ranks.values()), mode(alphas.values())
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.base,
@@ -205,7 +206,3 @@ def make_config(adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": {re.escape(layer): value for layer, value in alphas.items() if value != alpha},
         "inference_mode": True,
     }
-
-
-def _usual(values: list[Any]) -> Any:
-    return max(values, key=values.count)
