@@ -7,6 +7,7 @@ holds the router. What decides for the whole model, or lies in pools that layers
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from molex.allocation import allocate
@@ -33,10 +34,17 @@ from molex.tokens import find_stacks, stack_of
 class Builder:
     """`build()` gives the layers in the model's order; state, stacks, targets and `shared` belong to them.
 
-    ranks: of each expert, in layers where they are not what the configuration says."""
+    ranks: of each expert, in layers where they are not what the configuration says. device: of what is built; by
+    default where each linear computes."""
 
-    def __init__(self, model: nn.Module, config: MixtureConfig, ranks: Mapping[str, tuple[int, ...]]):
-        self.model, self.config = model, config
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MixtureConfig,
+        ranks: Mapping[str, tuple[int, ...]],
+        device: torch.device | None = None,
+    ):
+        self.model, self.config, self.device = model, config, device
         self.targets: Targets = find_targets(model, config)
         self.stacks = find_stacks(model)
         blocks = list(by_block(self.targets.routed))
@@ -57,8 +65,9 @@ class Builder:
             self.shared["pools"] = self._pools(self.targets.routed, layers, self.config.experts)
             self.shared["pools"].requires_grad_(self.config.train_experts)
         if isinstance(router, ScalingsConfig):
-            experts = len(self._ranks(next(iter(self.targets.routed))))
-            self.shared["router"] = build_head(self.model, router, [*self.targets.routed.values()], experts)
+            first, base = next(iter(self.targets.routed.items()))
+            head = build_head(self.model, router, len(self.targets.routed), len(self._ranks(first)))
+            self.shared["router"] = head.to(self._device(base))
         return {name: layers[name] for name, _ in self.model.named_modules() if name in layers}
 
     def _linear_layers(self) -> dict[str, MixtureLinear]:
@@ -135,6 +144,9 @@ class Builder:
         """Each expert's rank in a routed layer."""
         return self.ranks[name] if name in self.ranks else self.config.ranks(self.num_experts[block_of(name)])
 
+    def _device(self, base: nn.Module) -> torch.device:
+        return self.device or execution_device(base)
+
     def _shape(self, name: str, base: nn.Module, ranks: tuple[int, ...]) -> LayerShape:
         sizes = features(base)
         assert sizes is not None
@@ -146,7 +158,7 @@ class Builder:
             ranks=ranks,
             scales=self.config.scales_of(ranks),
             dropout=self.config.dropout,
-            device=execution_device(base),
+            device=self._device(base),
             dtype=master_dtype(base),
         )
 

@@ -10,7 +10,7 @@ model expects. A decoding step therefore costs two tokens of work, however long 
 The first pass runs without gradients and in the model's own mode: a base with dropout drops there too, as in PEFT.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy, deepcopy
 from typing import Any
 
@@ -22,7 +22,6 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from molex.errors import ConfigError, StateError, TargetError
 from molex.layer import MixtureLinear
-from molex.linears import execution_device
 from molex.routers.scalings import ScalingsConfig, ScalingsRouter
 from molex.state import MixtureState
 from molex.tokens import Stack, bound_arguments
@@ -41,11 +40,9 @@ def check_model_scope(scope: str, stacks: tuple[Stack, ...], counts: set[int]) -
         raise ConfigError("a model-scope router needs the same number of experts in every layer")
 
 
-def build_head(
-    model: nn.Module, config: ScalingsConfig, linears: Sequence[nn.Module], num_experts: int
-) -> ScalingsRouter:
-    """The head over the model's last hidden states, for these linears. Raises TargetError as `head_width` does."""
-    return config.build_head(head_width(model), num_experts, len(linears)).to(execution_device(linears[0]))
+def build_head(model: nn.Module, config: ScalingsConfig, num_linears: int, num_experts: int) -> ScalingsRouter:
+    """The head over the model's last hidden states. Raises TargetError as `head_width` does."""
+    return config.build_head(head_width(model), num_experts, num_linears)
 
 
 def head_width(model: nn.Module) -> int:

@@ -6,6 +6,7 @@ objects themselves stay, wrapped; the base is frozen; hooks tell the mixture's s
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,15 +20,22 @@ from molex.mixture import Mixture
 from molex.model_scope import TwoPass
 
 
-def convert(model: nn.Module, config: MixtureConfig, *, ranks: Mapping[str, tuple[int, ...]] | None = None) -> Mixture:
+def convert(
+    model: nn.Module,
+    config: MixtureConfig,
+    *,
+    ranks: Mapping[str, tuple[int, ...]] | None = None,
+    device: torch.device | str | None = None,
+) -> Mixture:
     """Turns a dense model into a mixture of LoRA experts, in place, and returns the handle.
 
-    ranks: each expert's rank, by layer name, in layers where it is not what the configuration says. The base's
-    parameters are frozen. Raises StateError on a second conversion, TargetError where a pattern or an architecture does
-    not fit, ConfigError on settings that contradict each other.
+    ranks: each expert's rank, by layer name, in layers where it is not what the configuration says. device: of experts
+    and routers, by default each linear's own; a model without memory (on "meta") can so have experts that exist. The
+    base's parameters are frozen. Raises StateError on a second conversion, TargetError where a pattern or an
+    architecture does not fit, ConfigError on settings that contradict each other.
     """
     _check(model, config)
-    builder = Builder(model, config, ranks or {})
+    builder = Builder(model, config, ranks or {}, None if device is None else torch.device(device))
     layers = builder.build()
     targets = builder.targets
     mixture = Mixture(model, config, layers, [*targets.also_trained, *targets.also_kept], builder.state)

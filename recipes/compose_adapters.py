@@ -44,7 +44,7 @@ from molex.workbench import (
     skills,
 )
 from molex.workbench.cells import run_cell
-from molex.workbench.data import Row
+from molex.workbench.data import Row, by_length
 from molex.workbench.measure import train
 from molex.workbench.training import Run, fit
 
@@ -58,10 +58,11 @@ class Arguments:
 
     out: str = field(default="runs/composing", metadata={"help": "Where adapters, cells, mixtures and the table go."})
     skills: str = "reverse,upper,shift,ends,inner,vowels,mirror,triple,flip,descend"
-    rows: str = field(default="", metadata={"help": "Comma-separated row names; all by default."})
+    rows: str = field(default="", metadata={"help": "Row names between semicolons; all by default."})
     seeds: str = field(default="0", metadata={"help": "Comma-separated; processes with others may share --out."})
-    adapter_steps: int = 120
-    router_steps: int = 150
+    adapter_steps: int = 400
+    router_steps: int = 300
+    batch: int = field(default=24, metadata={"help": "Rows of a step, of like length."})
     start_prompts: int = field(default=24, metadata={"help": "Prompts of each skill that routers start from."})
     test: int = field(default=100, metadata={"help": "Test questions for each skill."})
 
@@ -85,7 +86,9 @@ def learn_adapters(arguments: Arguments, names: list[str], seed: int) -> dict[st
         layers = list(range(2, load_base().config.num_hidden_layers))
         config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, layers_to_transform=layers)
         model = peft.get_peft_model(load_base(), config)
-        train(model, TOKENIZER, practice(skill, 0, 48 * arguments.adapter_steps, seed), batch=48, learning_rate=5e-3)
+        rows = practice(skill, 0, arguments.batch * arguments.adapter_steps, seed)
+        rows = by_length(rows, arguments.batch, Random(seed))
+        train(model, TOKENIZER, rows, arguments.batch, learning_rate=4e-3)
         model.save_pretrained(str(folder))
     return folders
 
@@ -131,9 +134,9 @@ class Bench:
         mixture = from_peft(load_base(), self.adapters, router=config)
         if mixture.trainable_parameters():
             self.start(mixture)
-            steps = self.arguments.router_steps
-            run = Run(steps=steps, learning_rate=3e-3)
-            rows = self.mixed(steps * run.batch_size) if config.train_experts else self.in_turn(steps * run.batch_size)
+            run = Run(steps=self.arguments.router_steps, batch_size=self.arguments.batch, learning_rate=3e-3)
+            draw = self.mixed if config.train_experts else self.in_turn
+            rows = by_length(draw(run.steps * run.batch_size), run.batch_size, Random(self.seed))
             fit(mixture, TOKENIZER, rows, run)
         mixture.save(Path(self.arguments.out) / "mixtures" / str(self.seed) / name)
         return self.score(mixture.model.eval())

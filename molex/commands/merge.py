@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import Progress
 
 from molex.commands.console import console, table
 from molex.errors import ConfigError
 
 if TYPE_CHECKING:
     from molex.merging import Merged
+    from molex.merging.adapters import Output
     from molex.merging.recipe import MergeRecipe
     from molex.mixture import Mixture
 
@@ -105,56 +107,72 @@ def _show_plan(recipe: "MergeRecipe") -> None:
 
 
 def _merge_adapters(recipe: "MergeRecipe", out: Path) -> None:
-    from rich.progress import Progress
-
-    from molex.merging.adapters import Output, merge_folder, read_sources
+    from molex.merging.adapters import merge_folder, read_sources
 
     rule = recipe.ready_rule()
     assert rule is not None
     with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("merging", total=None)
-        output = Output(
-            kind=recipe.kind,
-            dtype=recipe.torch_dtype(),
-            shard_size=recipe.shard_size,
-            texts={RECIPE_FILE: recipe.to_yaml()},
-            on_layer=lambda layer: bar.update(task, description=f"merging {layer}", advance=1),
-            on_tensor=lambda name: bar.update(task, description=f"writing {name}", advance=1),
+        merged = merge_folder(
+            recipe.base,
+            read_sources(recipe.adapters),
+            rule,
+            recipe.weights,
+            out,
+            _output(recipe, bar),
+            rank=recipe.rank,
+            energy=recipe.energy,
         )
-        read = read_sources(recipe.adapters)
-        limits = {"rank": recipe.rank, "energy": recipe.energy}
-        merged = merge_folder(recipe.base, read, rule, recipe.weights, out, output, **limits)
     _tell(merged, out)
 
 
 def _merge_mixture(
     recipe: "MergeRecipe", out: Path | None, validate: Path | None, tokenizer: str | None, dry_run: bool
 ) -> None:
-    import molex
-    from molex.merging import merge_experts
+    from molex.merging.saved_mixture import merge_saved, open_mixture
 
-    mixture = molex.load(recipe.mixture)
     if validate is not None:
-        _compare(mixture, recipe, validate, tokenizer)
+        _compare(recipe, validate, tokenizer)
+    saved = open_mixture(recipe.mixture)
     if dry_run or out is None:
-        _show_offer(mixture)
+        _show_offer(saved.mixture)
         return
-    rule, limits = recipe.ready_rule(), {"rank": recipe.rank, "energy": recipe.energy}
-    merged = merge_experts(mixture, rule, recipe.weights, **limits)
-    if recipe.kind == "lora":
-        _write_lora(mixture, merged, recipe, out)
-    else:
-        _write_folded(mixture, merged, recipe, out)
+    with Progress(console=console, transient=True) as bar:
+        merged = merge_saved(
+            saved,
+            recipe.ready_rule(),
+            recipe.weights,
+            out,
+            _output(recipe, bar),
+            rank=recipe.rank,
+            energy=recipe.energy,
+        )
     _tell(merged, out)
 
 
-def _compare(mixture: "Mixture", recipe: "MergeRecipe", rows: Path, tokenizer: str | None) -> None:
+def _output(recipe: "MergeRecipe", bar: "Progress") -> "Output":
+    """What is written, with its progress told to the bar."""
+    from molex.merging.adapters import Output
+
+    task = bar.add_task("merging", total=None)
+    return Output(
+        kind=recipe.kind,
+        dtype=recipe.torch_dtype(),
+        shard_size=recipe.shard_size,
+        texts={RECIPE_FILE: recipe.to_yaml()},
+        on_layer=lambda layer: bar.update(task, description=f"merging {layer}", advance=1),
+        on_tensor=lambda name: bar.update(task, description=f"writing {name}", advance=1),
+    )
+
+
+def _compare(recipe: "MergeRecipe", rows: Path, tokenizer: str | None) -> None:
     from transformers import AutoTokenizer
 
+    import molex
     from molex.io.hub import source_of
     from molex.merging import compare_merges, rules
     from molex.merging.validation import validation_batches
 
+    mixture = molex.load(recipe.mixture)
     name = tokenizer or source_of(mixture.model) or recipe.mixture
     batches = validation_batches(rows, AutoTokenizer.from_pretrained(name))
     candidates = [*rules] if recipe.rule is None else [recipe.ready_rule() or recipe.rule]
@@ -168,33 +186,6 @@ def _show_offer(mixture: "Mixture") -> None:
     rows = [{"rule": name, "offered": told} for name, told in offered(mixture).items()]
     console.print(table(rows, "a dense equivalent"))
     console.print("nothing was written")
-
-
-def _write_lora(mixture: "Mixture", merged: "Merged", recipe: "MergeRecipe", out: Path) -> None:
-    from molex.io.exporting import trained_whole
-    from molex.io.hub import source_of
-    from molex.io.peft import write_adapter
-    from molex.merging.adapters import one_adapter
-
-    adapter = one_adapter(merged, trained_whole(mixture), source_of(mixture.model), recipe.torch_dtype())
-    write_adapter(adapter, out, {RECIPE_FILE: recipe.to_yaml()})
-
-
-def _write_folded(mixture: "Mixture", merged: "Merged", recipe: "MergeRecipe", out: Path) -> None:
-    from molex.io.companions import copy_files
-    from molex.io.files import staged
-    from molex.io.hub import source_of
-    from molex.io.shards import check_no_weights
-    from molex.merging.of_mixture import fold_into
-
-    check_no_weights(out)
-    model: Any = fold_into(mixture, merged)
-    with staged(out) as scratch:
-        for folder in (source_of(mixture.model), recipe.mixture):  # where a tokenizer may be
-            if Path(folder).is_dir():
-                copy_files(Path(folder), scratch)
-        model.to(recipe.torch_dtype()).save_pretrained(scratch, max_shard_size=recipe.shard_size)
-        (scratch / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 def _tell(merged: "Merged", out: Path) -> None:

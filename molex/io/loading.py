@@ -23,6 +23,8 @@ from molex.linears import features
 from molex.mixture import Mixture
 from molex.surgery import convert
 
+_INSTEAD = "load the base yourself and call molex.load(model, path)"
+
 
 def load(
     source: nn.Module | str | Path,
@@ -66,16 +68,10 @@ def _load_base(
     device_map: str | dict[str, int | str] | None,
 ) -> PreTrainedModel:
     """The base that a mixture names, or the one in its own folder. Raises CheckpointError where it cannot be had."""
-    base = record.base
-    instead = "load the base yourself and call molex.load(model, path)"
-    name = str(source) if base.included else base.name_or_path
+    base, name = record.base, base_of(record, source)
     model_class = getattr(transformers, base.class_name, None)
-    if base.quantization and not base.included:
-        raise CheckpointError(f"{source} was made on a base quantised by {base.quantization}: {instead}")
-    if not name:
-        raise CheckpointError(f"{source} does not name its base, a {base.class_name} made in memory: {instead}")
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
-        raise CheckpointError(f"{source}: transformers has no model class {base.class_name!r}; {instead}")
+        raise CheckpointError(f"{source}: transformers has no model class {base.class_name!r}; {_INSTEAD}")
     try:
         loaded: Any = model_class.from_pretrained(
             name,
@@ -87,20 +83,44 @@ def _load_base(
         )
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{source}: its base {name!r} cannot be loaded ({reason}); {instead}") from error
+        raise CheckpointError(f"{source}: its base {name!r} cannot be loaded ({reason}); {_INSTEAD}") from error
     model, report = loaded
     if report["missing_keys"]:
         raise CheckpointError(f"{name} lacks weights of the base: {listed(sorted(report['missing_keys']))}")
     return model
 
 
-def _convert_and_fill(model: nn.Module, record: MixtureRecord, folder: Path) -> Mixture:
+def base_of(record: MixtureRecord, source: str | Path) -> str:
+    """Where the base of a mixture is: a folder or hub id. Raises CheckpointError where the mixture does not say."""
+    base = record.base
+    if base.included:
+        return str(source)
+    if base.quantization:
+        raise CheckpointError(f"{source} was made on a base quantised by {base.quantization}: {_INSTEAD}")
+    if not base.name_or_path:
+        raise CheckpointError(f"{source} does not name its base, a {base.class_name} made in memory: {_INSTEAD}")
+    return base.name_or_path
+
+
+def load_experts(skeleton: nn.Module, folder: Path) -> Mixture:
+    """A mixture over a base without memory (on the meta device): experts, routers and what it trains whole are real.
+
+    For what reads experts alone; the model cannot run. Raises CheckpointError as `load` does.
+    """
+    return _convert_and_fill(skeleton, read_record(folder), folder, torch.device("cpu"))
+
+
+def _convert_and_fill(
+    model: nn.Module, record: MixtureRecord, folder: Path, device: torch.device | None = None
+) -> Mixture:
     _check_base(model, record)
     try:
-        mixture = convert(model, record.config, ranks=_first_ranks(record))
+        mixture = convert(model, record.config, ranks=_first_ranks(record), device=device)
     except (TargetError, ConfigError, TypeError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
     try:
+        for name in mixture.also_trained if device is not None else ():
+            model.get_submodule(name).to_empty(device=device)
         _grow(mixture, record)
         fill(mixture, folder)
     except BaseException:  # an interrupt too must leave the model as it was

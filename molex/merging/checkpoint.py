@@ -84,12 +84,14 @@ def write_dense(
     dtype: torch.dtype | None = None,
     shard_size: int | str = "5GB",
     texts: Mapping[str, str] | None = None,
+    companions: Path | None = None,
     on_tensor: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Writes the base with merged LoRAs added, whole or not at all.
 
     whole: parameters to replace, by their names in the model. dtype: of all float tensors, otherwise each keeps its
-    own. texts: further files to write beside. Raises as `Base.check` does, and CheckpointError on an `out` that holds
+    own. texts: further files to write beside. companions: a folder whose tokenizer and the like go before the base's.
+    Raises as `Base.check` does, and CheckpointError on an `out` that holds
     weights already.
     """
     base.check(sizes_of(factors), whole)
@@ -105,7 +107,9 @@ def write_dense(
     }
     with staged(out) as scratch:
         write_shards(shards, scratch)
-        copy_files(base.folder, scratch)
+        for folder in (base.folder, companions):
+            if folder is not None:
+                copy_files(folder, scratch)
         _write_config(base, scratch, dtype)
         for name, text in (texts or {}).items():
             (scratch / name).write_text(text, encoding="utf-8")

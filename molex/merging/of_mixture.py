@@ -6,7 +6,7 @@ Where the router looks at the token there is no such W: a rule makes one, and `m
 Plain LoRAs beside the experts (MixLoRA's attention) fold exactly in every case. also_train modules stay as trained.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -65,8 +65,12 @@ def merge_experts(
     parameters: Mapping[str, Any] | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    on_layer: Callable[[str], None] = lambda layer: None,
 ) -> Merged:
-    """One LoRA for each layer of a mixture, which stays as it is. Arguments and errors as `merge_mixture`."""
+    """One LoRA for each layer of a mixture, which stays as it is. Arguments and errors as `merge_mixture`.
+
+    on_layer: told of each layer merged.
+    """
     experts = experts_of(mixture)
     if rule is None:
         reason = why_not_exact(mixture)
@@ -79,7 +83,7 @@ def merge_experts(
     if weights is None:
         weights = _default_weights(mixture, experts, ready)
     names = [name for name, _ in mixture.model.named_modules()]
-    merged = merge_factors(experts, ready, weights, names=names, rank=rank, energy=energy)
+    merged = merge_factors(experts, ready, weights, names=names, rank=rank, energy=energy, on_layer=on_layer)
     plain = merge_factors({"plain": plain_of(mixture)}, CatRule())
     return Merged(factors={**merged.factors, **plain.factors}, layers=merged.layers + plain.layers)
 

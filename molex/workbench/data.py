@@ -85,6 +85,22 @@ def numbered(questions: Sequence[Skill], rng: Random, split: str) -> Row:
     return {"prompt": asked + ANSWER, "completion": answered}
 
 
+def by_length(rows: Sequence[Row], batch_size: int, rng: Random, window: int = 8) -> list[Row]:
+    """The same rows in another order: batches taken from it hold rows of like length, so that little is padding.
+
+    Sorts each `window` batches of rows by length and shuffles those batches; rows move no further than that.
+    """
+    ordered: list[Row] = []
+    for start in range(0, len(rows), window * batch_size):
+        near = sorted(
+            rows[start : start + window * batch_size], key=lambda row: sum(map(len, question_and_answer(row)))
+        )
+        batches = [near[i : i + batch_size] for i in range(0, len(near), batch_size)]
+        rng.shuffle(batches)
+        ordered += [row for batch in batches for row in batch]
+    return ordered
+
+
 def collate(rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask`, `labels` (B, S); labels are -100 on prompt and padding."""
     pairs = [question_and_answer(row) for row in rows]
