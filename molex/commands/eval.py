@@ -32,6 +32,9 @@ def eval(
     limit: Annotated[int | None, typer.Option(min=2, help="Samples of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the tokenizer's chat template.")] = False,
+    task_id: Annotated[
+        list[str] | None, typer.Option(help="TASK=NUMBER, for mixtures that route by task. May be repeated.")
+    ] = None,
     base: Annotated[bool, typer.Option(help="Also the mixture with its experts off.")] = True,
     composite: Annotated[
         str, typer.Option(help="Ask several tasks in one prompt, such as 3,5,10 of them; docs/composite.md.")
@@ -43,14 +46,20 @@ def eval(
     from molex.evaluation.harness import check_harness, evaluate, side_by_side
 
     if composite:
-        others = {"commonsense": commonsense, "model": model, "include-path": include_path, "chat": chat}
+        others = {
+            "commonsense": commonsense,
+            "model": model,
+            "include-path": include_path,
+            "chat": chat,
+            "task-id": task_id,
+        }
         refuse_beside_composite({**others, "no-base": not base})
         show_composite(path, composite, tasks, tokenizer, limit or 200, batch_size, out, as_json)
         return
     check_harness()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is on purpose here: a model in memory
     columns = {"model": path, **_columns(model or [])}
-    chosen = _tasks(tasks, commonsense, chat)
+    ids, chosen = _task_ids(task_id or []), _tasks(tasks, commonsense, chat)
     scores = evaluate(
         columns,
         list(chosen.values()),
@@ -60,9 +69,10 @@ def eval(
         batch_size=batch_size,
         apply_chat_template=chat,
         with_base=base,
+        task_ids=ids,
     )
     if out is not None:
-        settings = {"limit": limit, "batch_size": batch_size, "apply_chat_template": chat}
+        settings = {"limit": limit, "batch_size": batch_size, "apply_chat_template": chat, "task_ids": ids}
         _write(out, columns, list(chosen), settings, scores)
     if as_json:
         typer.echo(json.dumps([asdict(score) for score in scores], indent=2, ensure_ascii=False))
@@ -78,6 +88,16 @@ def _columns(given: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"--model {text}: give NAME=FOLDER with a new name; 'model' is the first column's")
         columns[name] = place
     return columns
+
+
+def _task_ids(given: Sequence[str]) -> dict[str, int]:
+    ids: dict[str, int] = {}
+    for text in given:
+        name, equals, number = text.partition("=")
+        if not (name and equals and number.isdecimal()) or name in ids:
+            raise ConfigError(f"--task-id {text}: give TASK=NUMBER, each task once")
+        ids[name] = int(number)
+    return ids
 
 
 def _tasks(names: str, commonsense: Path | None, chat: bool) -> "dict[str, Task]":

@@ -6,14 +6,13 @@ other, so that one at a time is in memory.
 
 Two things to know. The harness runs requests that differ in their last token alone as one forward, and gives no
 attention mask when it scores texts, so that routing recorded meanwhile counts some tokens not at all and padding as
-tokens: `molex.evaluation.heat_map` counts properly. And it knows no task ids: evaluate methods that route by task
-inside `with mixture.using(tasks=[number])`.
+tokens: `molex.evaluation.heat_map` counts properly. And it knows no task ids: tasks that have one run apart.
 """
 
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from molex.checks import near_and_known
 from molex.errors import ConfigError
 from molex.evaluation.opening import Subject, open_model, open_tokenizer
 from molex.mixture import Mixture
@@ -63,13 +63,15 @@ def evaluate(
     batch_size: int = 8,
     apply_chat_template: bool = False,
     with_base: bool = True,
+    task_ids: Mapping[str, int] | None = None,
     device: str | None = None,
 ) -> list[Score]:
     """Scores every model on every task; offline where the tasks' data are.
 
     models: by the name of their column. with_base: the first mixture is also evaluated with its experts off, as
     "base"; modules that it trained whole stay as trained. tokenizer: by default each model's own. include_path: a
-    folder of task files. limit: how many samples of each task. device: where models given as folders go.
+    folder of task files. limit: how many samples of each task. task_ids: by a task's name, for
+    mixtures that route by task. device: where models given as folders go.
 
     Raises ConfigError where lm_eval is not installed, on unknown tasks and on settings out of range; CheckpointError
     on folders without a model or tokenizer. Models come back in the mode they were in.
@@ -83,7 +85,7 @@ def evaluate(
     with _seeds_kept():
         run = partial(
             _run,
-            tasks=list(tasks),
+            groups=_by_id(tasks, task_ids or {}),
             manager=_task_manager(tasks, include_path),
             limit=limit,
             batch_size=batch_size,
@@ -101,7 +103,7 @@ def _of_model(
     tokenizer: PreTrainedTokenizerBase | str | Path | None,
     device: str | None,
     with_base: bool,
-    run: Callable[..., Mapping[str, Any]],
+    run: Callable[[str, PreTrainedModel, PreTrainedTokenizerBase], list[Score]],
 ) -> list[Score]:
     """One model's columns. What is loaded here is let go at the end."""
     model = open_model(subject, device)
@@ -111,8 +113,8 @@ def _of_model(
     with evaluating(model):
         if with_base and mixture is not None:
             with mixture.disabled():
-                scores += _scores(BASE, run(model, beside))
-        return scores + _scores(name, run(model, beside))
+                scores += run(BASE, model, beside)
+        return scores + run(name, model, beside)
 
 
 def side_by_side(scores: Sequence[Score]) -> list[dict[str, str]]:
@@ -158,29 +160,43 @@ def _task_manager(tasks: Sequence[Task], include_path: str | Path | None) -> "Ta
     return manager
 
 
+def _by_id(tasks: Sequence[Task], task_ids: Mapping[str, int]) -> dict[int | None, list[Task]]:
+    """Tasks that run together. Raises ConfigError on an id for a task that is not among them."""
+    names = {task if isinstance(task, str) else str(task.get("task")): task for task in tasks}
+    for name in task_ids:
+        if name not in names:
+            raise ConfigError(f"a task id is given for {name!r}{near_and_known(name, names)}")
+    groups: dict[int | None, list[Task]] = {}
+    for name, task in names.items():
+        groups.setdefault(task_ids.get(name), []).append(task)
+    return groups
+
+
 def _run(
+    column: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    tasks: list[Task],
+    groups: Mapping[int | None, list[Task]],
     manager: "TaskManager",
     limit: int | None,
     batch_size: int,
     apply_chat_template: bool,
-) -> Mapping[str, Any]:
-    """What the harness returns. The tokenizer is copied: it would be given a padding token where it has none."""
+) -> list[Score]:
+    """One column. The tokenizer is copied: it would be given a padding token where it has none."""
     import lm_eval
     from lm_eval.models import huggingface
 
     harness, adapters = cast(Any, lm_eval), cast(Any, huggingface)  # decorators hide their signatures
-    return harness.simple_evaluate(
-        model=adapters.HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
-        tasks=tasks,
-        task_manager=manager,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        log_samples=False,
-    )
+    wrapped = adapters.HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    settings = {"task_manager": manager, "limit": limit, "apply_chat_template": apply_chat_template}
+    mixture: Mixture | None = getattr(model, "molex_mixture", None)
+    scores: list[Score] = []
+    for task_id, tasks in groups.items():
+        with nullcontext() if mixture is None or task_id is None else mixture.using(tasks=[task_id]):
+            outcome = harness.simple_evaluate(model=wrapped, tasks=tasks, log_samples=False, **settings)
+        scores += _scores(column, outcome)
+    return scores
 
 
 def _scores(column: str, outcome: Mapping[str, Any]) -> list[Score]:

@@ -5,6 +5,7 @@ memory = the experts + one tensor of the base
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,8 @@ def open_mixture(path: str | Path) -> SavedMixture:
     record = read_record(folder)
     name = base_of(record, folder)
     base = open_base(name)
-    base.model.to(getattr(torch, record.base.dtype, torch.float32))  # experts of a float64 base are float64
+    dtype: Any = getattr(torch, record.base.dtype, torch.float32)
+    base.model.to(dtype)  # experts of a float64 base are float64
     return SavedMixture(folder, name, base, load_experts(base.model, folder))
 
 

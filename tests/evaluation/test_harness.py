@@ -174,6 +174,24 @@ def test_files_of_tasks(mixture: Mixture, tmp_path: Path) -> None:
     assert found.value == pytest.approx(exact_match(mixture.model, load_tokenizer(), KNOWN))
 
 
+def test_tasks_run_with_their_ids() -> None:
+    """Experts of task 1 write nonsense, those of task 0 nothing: the base's answers."""
+    mixture = molex.convert(load_base(), molex.preset("mtlora", num_experts=3, rank=2, dropout=0.0))
+    with torch.no_grad():
+        for layer in mixture.layers.values():
+            layer.experts.lora_B[:, -2:].normal_()  # type: ignore[index, operator]
+    tasks = [known_task(), {**known_task(), "task": "other"}]
+    ids = {"known": 0, "other": 1}
+    found = evaluate({"m": mixture, "plain": load_base()}, tasks, tokenizer=load_tokenizer(), task_ids=ids)
+    value = {(score.model, score.task): score.value for score in found}
+    assert value["m", "known"] == value["base", "known"] == value["plain", "known"] > 0.5
+    assert value["m", "other"] == 0
+    assert value["plain", "other"] == value["plain", "known"]
+    assert mixture.state.tasks is None
+    with pytest.raises(ConfigError, match=r"'knwn'.*known"):
+        evaluate({"m": mixture}, tasks, task_ids={"knwn": 0})
+
+
 def test_side_by_side() -> None:
     def score(model: str, task: str, value: float, stderr: float | None, kind: str = "none") -> Score:
         return Score(model, task, "acc", kind, value, stderr, True, 10)
@@ -316,7 +334,12 @@ def test_the_command(mixture: Mixture, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--model", "x"], "give NAME=FOLDER"), (["--model", "model=x"], "a new name"), ([], "no tasks: give --tasks")],
+    [
+        (["--task-id", "x=y"], "give TASK=NUMBER"),
+        (["--model", "x"], "give NAME=FOLDER"),
+        (["--model", "model=x"], "a new name"),
+        ([], "no tasks: give --tasks"),
+    ],
 )
 def test_the_command_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["eval", str(tmp_path), *arguments])
