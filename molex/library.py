@@ -4,6 +4,7 @@ An expert over several layers is one LoRA for each, by layer name. What does not
 changed.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 
@@ -132,10 +133,21 @@ def active_parameters(layers: Layers, stats: Mapping[str, LayerStats]) -> float:
     return total
 
 
+def _common_shape(config: MixtureConfig) -> MixtureConfig:
+    """The configuration with one rank and one alpha. Raises ConfigError where experts have their own."""
+    for setting in ("rank", "alpha"):
+        own = getattr(config, setting)
+        if isinstance(own, tuple) and len(set(own)) > 1:
+            raise ConfigError(f"experts here have {setting} {own}, new ones would have none: add_expert brings its own")
+    rank, alpha = (own[0] if isinstance(own, tuple) else own for own in (config.rank, config.alpha))
+    return dataclasses.replace(config, rank=rank, alpha=alpha)
+
+
 def grow(layers: Layers, config: MixtureConfig, num_experts: int) -> None:
     """See `Mixture.grow`."""
     if not isinstance(num_experts, int) or num_experts < 1:
         raise ConfigError(f"num_experts={num_experts}: growing adds at least 1")
+    shape = _common_shape(config)
     for name, layer in layers.items():
         bank = layer.experts
         if type(bank) is not LoRABank or layer.router is None or not layer.router.growable:
@@ -148,5 +160,5 @@ def grow(layers: Layers, config: MixtureConfig, num_experts: int) -> None:
     for layer in layers.values():
         assert isinstance(layer.experts, LoRABank)
         assert layer.router is not None
-        layer.experts.grow(config.ranks(1) * num_experts, config.scales(num_experts)[0])
+        layer.experts.grow(shape.ranks(1) * num_experts, shape.scales(1)[0])
         layer.router.num_experts += num_experts

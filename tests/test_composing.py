@@ -216,16 +216,24 @@ def test_one_more_where_counts_were_allocated_comes_back_from_disk(folders: dict
 
 def test_one_more_after_growing_comes_back_from_disk(tmp_path: Path) -> None:
     path = write_peft(tmp_path / "law", r=1)
-    mixture = molex.from_peft(tiny("llama"), {"law": path}, router="moram")
+    mixture = molex.from_peft(tiny("llama"), {"law": path, "code": path}, router="moram")
     mixture.grow(1)
     mixture.add_expert(path, "more")
     with torch.no_grad():
         wanted = mixture.model(**inputs()).logits
     mixture.save(tmp_path / "out")
     again = molex.load(tiny("llama"), tmp_path / "out")
-    assert again.experts == ["law", "1", "more"]
+    assert again.experts == ["law", "code", "2", "more"]
     with torch.no_grad():
         assert torch.equal(again.model(**inputs()).logits, wanted)
+
+
+def test_growing_experts_of_unlike_alphas_is_refused(tmp_path: Path) -> None:
+    paths = {name: write_peft(tmp_path / name, r=1, lora_alpha=alpha) for name, alpha in (("law", 1), ("code", 2))}
+    mixture = molex.from_peft(tiny("llama"), paths, router="moram")
+    with pytest.raises(ConfigError, match=r"experts here have alpha \(1.*, 2.*\), .* add_expert"):
+        mixture.grow(2)
+    assert mixture.experts == ["law", "code"]
 
 
 def test_a_router_of_single_ranks_takes_no_wider_expert(tmp_path: Path) -> None:
