@@ -82,9 +82,12 @@ def _show_routing(
 
 
 def _mean_rows(panels: "Mapping[str, Panel]", experts: list[str]) -> list[dict[str, str]]:
-    """A row for each label, a column for each expert; a layer without an expert counts as 0."""
-    rows = []
-    for name, panel in panels.items():
-        means = [sum(float(row[e]) for row in panel.values() if e < len(row)) / len(panel) for e in range(len(experts))]
-        rows.append({"label": name, **{expert: f"{mean:.3f}" for expert, mean in zip(experts, means, strict=True)}})
-    return rows
+    """A row for each expert, a column for each label; a layer without an expert counts as 0."""
+    return [
+        {"expert": expert, **{label: f"{_mean(panel, expert_id):.3f}" for label, panel in panels.items()}}
+        for expert_id, expert in enumerate(experts)
+    ]
+
+
+def _mean(panel: "Panel", expert_id: int) -> float:
+    return sum(float(row[expert_id]) for row in panel.values() if expert_id < len(row)) / len(panel)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from molex.mixture import Mixture
@@ -41,8 +42,9 @@ def fit(
     losses = []
     for step in range(run.steps):
         batch_rows = [rows[i % len(rows)] for i in range(step * run.batch_size, (step + 1) * run.batch_size)]
-        mixture.set_tasks(task_ids(batch_rows, run.task_types))
-        task_loss = model(**collate(batch_rows, tokenizer), use_cache=False).loss
+        batch = collate(batch_rows, tokenizer)
+        mixture.set_tasks(task_ids(batch_rows, batch["input_ids"].shape[1], run.task_types))
+        task_loss = model(**batch, use_cache=False).loss
         (task_loss + mixture.aux_loss()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -58,7 +60,14 @@ def fit(
     return losses
 
 
-def task_ids(rows: Sequence[Mapping[str, Any]], task_types: int | None = None) -> list[int]:
-    """The rows' tasks, folded to fewer types where a method knows only so many."""
-    ids = [row["task_ids"] for row in rows]
-    return ids if task_types is None else [task % task_types for task in ids]
+def task_ids(rows: Sequence[Mapping[str, Any]], length: int, task_types: int | None = None) -> Tensor:
+    """The rows' tasks (B,), folded to fewer types where a method knows only so many; (B, length) where a row has a
+    list, one for each of its tokens: -1 is none, as for padding."""
+    tasks = [row["task_ids"] for row in rows]
+    ids = torch.tensor([-1 if isinstance(own, list) else own for own in tasks])
+    if any(isinstance(own, list) for own in tasks):
+        ids = ids[:, None].repeat(1, length)
+        for row, own in enumerate(tasks):
+            if isinstance(own, list):
+                ids[row, : len(own)] = torch.tensor(own)
+    return ids if task_types is None else torch.where(ids < 0, ids, ids % task_types)

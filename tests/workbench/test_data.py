@@ -18,6 +18,7 @@ from molex.workbench import (
     split_of,
     transformations,
 )
+from molex.workbench.data import by_length
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -109,3 +110,21 @@ def test_unknown_names_say_what_is_allowed(wrong):
     arguments = {"names": ["sort"], "split": "train", "size": 1, **wrong}
     with pytest.raises(ConfigError, match=r"choose from: .*(reverse|validation|alpaca)"):
         dataset(**arguments)
+
+
+def test_batches_of_like_length_hold_the_same_rows_near_their_places():
+    own, rng = skills()["upper"], Random(0)
+    rows = [{**numbered([own] * (1 + i % 3), rng, "train"), "index": i} for i in range(100)]
+    ordered = by_length(rows, 8, Random(1), window=4)
+    assert sorted(row["index"] for row in ordered) == list(range(100))
+    assert all(row["index"] // 32 == place // 32 for place, row in enumerate(ordered))
+    tokenizer = load_tokenizer()
+
+    def padding(rows):
+        masks = [collate(rows[i : i + 8], tokenizer)["attention_mask"] for i in range(0, 96, 8)]
+        return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    assert padding(ordered) < 0.15 < 0.3 < padding(rows)
+    lengths = [len(row["prompt"]) for row in ordered[:32:8]]
+    assert lengths != sorted(lengths)
+    assert by_length(rows, 8, Random(1), window=4) == ordered

@@ -18,7 +18,7 @@ from molex.workbench.model import load_base
 from molex.workbench.scoring import exact_match_by_skill
 from molex.workbench.settings import OVER_ADAPTERS, task_types, workbench_preset
 from molex.workbench.tokenizer import load_tokenizer
-from molex.workbench.training import Run, fit
+from molex.workbench.training import Run, fit, task_ids
 
 SKILLS = ("upper", "minus")
 HELD_OUT = dataset(SKILLS, "test", 40)
@@ -86,3 +86,10 @@ def test_beats_the_base(name: str, tokenizer: PreTrainedTokenizerBase, experts: 
         assert after >= before + MARGIN
     if name not in OVER_EXPERTS:
         assert before == base
+
+
+def test_task_ids_of_sequences_and_of_tokens() -> None:
+    whole, per_token = {"task_ids": 3}, {"task_ids": [-1, 2, 5]}
+    assert task_ids([whole, {"task_ids": 1}], 4).tolist() == [3, 1]
+    assert task_ids([whole, per_token], 5).tolist() == [[3] * 5, [-1, 2, 5, -1, -1]]
+    assert task_ids([whole, per_token], 5, task_types=2).tolist() == [[1] * 5, [-1, 0, 1, -1, -1]]
