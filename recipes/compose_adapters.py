@@ -1,13 +1,13 @@
 """Single-skill adapters, trained with PEFT, become one mixture: does routing keep what each of them knows?
 
     python recipes/compose_adapters.py                                   ten skills, one seed
-    python recipes/compose_adapters.py --seeds 0,1,2 --out docs/composing    with spread
+    python recipes/compose_adapters.py --seeds 0,1,2                     with spread
     python recipes/compose_adapters.py --skills upper,ends --adapter_steps 60 --router_steps 20
 
 Rows are the base; each skill's own adapter (the oracle); the uniform merge and TIES, which need no router; Arrow, which
-needs no training; and routers trained on all skills at once: MeteoRA's gates, its gates together with the LoRAs (as its
-released script does; here by the language modelling loss alone, on prompts that mix skills), X-LoRA's head,
-LoRA-Mixer's second stage. MeteoRA's claim is that routing stays near the oracle.
+needs no training; and routers trained on all skills at once, half of the rows numbered prompts of one to four different
+skills: MeteoRA's gates, its gates together with the LoRAs (as its released script does), X-LoRA's head, LoRA-Mixer's
+second stage. MeteoRA's claim is that routing stays near the oracle.
 
 The adapters change layers 2 and up: what a prompt asks for is not yet in the states that lower layers read (a linear
 probe on the text's tokens names the skill for 16% of them at layer 0, 79% at layer 1, 98% from layer 2 on), so that no
@@ -46,10 +46,12 @@ from molex.workbench import (
 from molex.workbench.cells import run_cell
 from molex.workbench.data import Row, by_length
 from molex.workbench.measure import train
+from molex.workbench.tokenizer import ANSWER
 from molex.workbench.training import Run, fit
 
 TOKENIZER = load_tokenizer()
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GATES_RATE, LORAS_RATE = 3e-3, 5e-4  # at 3e-3 LoRAs that know their skills forget some of them
 
 
 @dataclass
@@ -67,13 +69,13 @@ class Arguments:
     test: int = field(default=100, metadata={"help": "Test questions for each skill."})
 
 
-def practice(skill: str, task_id: int, count: int, seed: int) -> list[Row]:
+def practice(skill: str, count: int, seed: int) -> list[Row]:
     """Questions of one skill: every other row is a numbered prompt of one to three."""
     rng, own = Random(f"{seed} {skill}"), skills()[skill]
     rows = dataset([skill], "train", count, seed=seed)
     for index in range(1, count, 2):
         rows[index] = numbered([own] * rng.randint(1, 3), rng, "train")
-    return [{**row, "task_ids": task_id} for row in rows]
+    return rows
 
 
 def learn_adapters(arguments: Arguments, names: list[str], seed: int) -> dict[str, Path]:
@@ -86,11 +88,18 @@ def learn_adapters(arguments: Arguments, names: list[str], seed: int) -> dict[st
         layers = list(range(2, load_base().config.num_hidden_layers))
         config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS, layers_to_transform=layers)
         model = peft.get_peft_model(load_base(), config)
-        rows = practice(skill, 0, arguments.batch * arguments.adapter_steps, seed)
+        rows = practice(skill, arguments.batch * arguments.adapter_steps, seed)
         rows = by_length(rows, arguments.batch, Random(seed))
         train(model, TOKENIZER, rows, arguments.batch, learning_rate=4e-3)
         model.save_pretrained(str(folder))
     return folders
+
+
+def token_tasks(row: Row, asked: list[int]) -> list[int]:
+    """The task of each token of a numbered prompt and its answers, line by line; a token is a byte, or <bos>."""
+    questions, answers = row["prompt"].removesuffix(ANSWER).split("\n"), row["completion"].split("\n")
+    by_line = [*zip(questions, asked, strict=True), (ANSWER[1:-1], asked[0]), *zip(answers, asked, strict=True)]
+    return [-1, *(task for line, task in by_line for _ in range(len(line.encode()) + 1))]
 
 
 @dataclass(frozen=True)
@@ -134,34 +143,27 @@ class Bench:
         mixture = from_peft(load_base(), self.adapters, router=config)
         if mixture.trainable_parameters():
             self.start(mixture)
-            run = Run(steps=self.arguments.router_steps, batch_size=self.arguments.batch, learning_rate=3e-3)
-            draw = self.mixed if config.train_experts else self.in_turn
-            rows = by_length(draw(run.steps * run.batch_size), run.batch_size, Random(self.seed))
+            rate = LORAS_RATE if config.train_experts else GATES_RATE
+            run = Run(steps=self.arguments.router_steps, batch_size=self.arguments.batch, learning_rate=rate)
+            rows = by_length(self.mixed(run.steps * run.batch_size), run.batch_size, Random(self.seed))
             fit(mixture, TOKENIZER, rows, run)
         mixture.save(Path(self.arguments.out) / "mixtures" / str(self.seed) / name)
         return self.score(mixture.model.eval())
 
-    def practice(self, count: int) -> dict[str, list[Row]]:
-        """Rows that a router learns each skill from."""
-        return {name: practice(name, task_id, count, self.seed) for task_id, name in enumerate(self.skills)}
-
-    def in_turn(self, count: int) -> list[Row]:
-        """`practice` of every skill in turn: each row is of one task, which MeteoRA's gate loss wants to know."""
-        by_skill = self.practice(count // len(self.skills) + 1).values()
-        return [row for rows in zip(*by_skill, strict=True) for row in rows]
-
     def mixed(self, count: int) -> list[Row]:
-        """Single questions, and between them numbered prompts of one to four different skills, which are of no task."""
+        """Single questions, and between them numbered prompts of one to four different skills."""
         rng, own = Random(f"{self.seed} mixed"), skills()
         rows = dataset(self.skills, "train", count, seed=self.seed)
         for index in range(1, count, 2):
             asked = rng.sample(self.skills, rng.randint(1, min(4, len(self.skills))))
-            rows[index] = {**numbered([own[name] for name in asked], rng, "train"), "task_ids": 0}
+            row = numbered([own[name] for name in asked], rng, "train")
+            rows[index] = {**row, "task_ids": token_tasks(row, [self.skills.index(name) for name in asked])}
         return rows
 
     def start(self, mixture: Mixture) -> None:
         """Questions with their answers, so that routers know the states of both."""
-        rows = self.practice(self.arguments.start_prompts)
+        count = self.arguments.start_prompts
+        rows = {skill: practice(skill, count, self.seed) for skill in self.skills}
         prompts = {skill: ["".join(question_and_answer(row)) for row in rows[skill]] for skill in self.skills}
         molex.gates_from_prompts(mixture, TOKENIZER, prompts, sharpness=8.0)
 
@@ -174,7 +176,7 @@ ROWS: dict[str, Callable[[Bench], dict[str, float]]] = {
     "arrow": lambda bench: bench.routed("arrow", "arrow"),
     "meteora": lambda bench: bench.routed("meteora", "meteora"),
     "meteora, gates and LoRAs": lambda bench: bench.routed(
-        "meteora-loras", "meteora", train_experts=True, task_coefficient=0.0
+        "meteora-loras", "meteora", train_experts=True, task_coefficient=1.0
     ),
     "xlora": lambda bench: bench.routed("xlora", "xlora"),
     "lora-mixer": lambda bench: bench.routed("lora-mixer", "lora-mixer", stage="soft", train_experts=False),

@@ -54,6 +54,14 @@ def test_the_table_has_means_over_skills_and_their_spread_over_seeds() -> None:
     assert text.splitlines()[2] == "| a | 0.60 | 1.00 | 0.800 ± 0.071 | 2 |"
 
 
+def test_every_token_of_a_numbered_prompt_has_its_questions_task() -> None:
+    row = {"prompt": "1. upper: ab\n2. ends: xyz\n= ", "completion": "1. AB\n2. xz"}
+    tasks = recipe.token_tasks(row, [7, 3])
+    texts = recipe.TOKENIZER(row["prompt"] + row["completion"] + recipe.TOKENIZER.eos_token)["input_ids"]
+    assert len(tasks) == len(texts)
+    assert tasks == [-1, *[7] * len("1. upper: ab\n"), *[3] * len("2. ends: xyz\n"), *[7] * len("= 1. AB\n"), *[3] * 6]
+
+
 def test_unknown_rows_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no row 'metorea'"):
         run(monkeypatch, f"{SMALL} --out {tmp_path} --rows metorea")

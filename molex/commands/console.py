@@ -1,5 +1,7 @@
 """What every command prints with: one console, one kind of table, one `--json` flag."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
@@ -8,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # a file has no width
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
