@@ -1,0 +1,122 @@
+"""The kernels as torch operators, so that torch.compile keeps them in one graph and CUDA graphs capture them.
+
+Each has a fake form (shapes alone, for tracing), and `shrink_gate` its gradients. None waits for the device, none has a
+shape that depends on the routing. They are `custom_op`s, closed to the compiler: what `triton_op` would open to it has
+nothing to fuse with, and cannot be interpreted. Fakes read `shape[0]`: `len` of a traced tensor is one number for ever.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molex.kernels.triton.expand import launch_expand
+from molex.kernels.triton.gate_backward import launch_gate_backward
+from molex.kernels.triton.shrink import launch_shrink
+from molex.kernels.triton.wgrad import launch_wgrad
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@torch.library.custom_op("molex::shrink_gate", mutates_args=())
+def shrink_gate(
+    x: Tensor, A: Tensor, gates: Tensor, expert_of_column: Tensor, row_of_column: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """hidden and gated (T, C) in x's dtype: A x for every column, and the same times the gate of its expert.
+
+    x (T, D) and A (C, D), or fewer rows where columns share them, of one dtype; gates (T, E) float32, scale included.
+    """
+    gated = torch.empty(x.shape[0], expert_of_column.shape[0], dtype=x.dtype, device=x.device)
+    return launch_shrink(x, A, gates, expert_of_column, row_of_column, gated), gated
+
+
+@shrink_gate.register_fake
+def _(
+    x: Tensor, A: Tensor, gates: Tensor, expert_of_column: Tensor, row_of_column: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    hidden = x.new_empty(x.shape[0], expert_of_column.shape[0])
+    return hidden, torch.empty_like(hidden)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, A, gates, expert_of_column, row_of_column = inputs
+    ctx.save_for_backward(x, A, gates, expert_of_column, row_of_column, output[0])
+    ctx.set_materialize_grads(False)
+
+
+def _shrink_gate_backward(
+    ctx: Any, grad_hidden: Tensor | None, grad_gated: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    x, A, gates, expert_of_column, row_of_column, hidden = ctx.saved_tensors
+    grad, grad_gates = grad_hidden, None
+    if grad_gated is not None:
+        grad, grad_gates = gate_backward(grad_gated, hidden, gates, expert_of_column)
+        grad = grad if grad_hidden is None else grad + grad_hidden
+    if grad is None:
+        return None, None, None, None, None
+    grad_x = grad @ (A if row_of_column is None else A[row_of_column]) if ctx.needs_input_grad[0] else None
+    grad_A = None
+    if ctx.needs_input_grad[1]:
+        grad_A = skinny_wgrad(grad, x)
+        if row_of_column is not None:
+            grad_A = grad_A.new_zeros(A.shape).index_add(0, row_of_column, grad_A)
+        grad_A = grad_A.to(A.dtype)
+    return grad_x, grad_A, grad_gates, None, None
+
+
+shrink_gate.register_autograd(_shrink_gate_backward, setup_context=_save)
+
+
+@torch.library.custom_op("molex::shrink_extend", mutates_args=())
+def shrink_extend(
+    x: Tensor, A: Tensor, gates: Tensor, expert_of_column: Tensor, row_of_column: Tensor | None, width: int
+) -> tuple[Tensor, Tensor]:
+    """hidden (T, C) and [x | gated | 0] (T, width): the left factor of one product with [W | B | 0].
+
+    width is at least D + C; a multiple of 8 keeps the rows of 16-bit types aligned.
+    """
+    used = x.shape[1] + expert_of_column.shape[0]
+    extended = torch.empty(x.shape[0], width, dtype=x.dtype, device=x.device)
+    extended[:, used:].zero_()
+    gated = extended[:, x.shape[1] : used]
+    return launch_shrink(x, A, gates, expert_of_column, row_of_column, gated, copy=extended), extended
+
+
+@shrink_extend.register_fake
+def _(
+    x: Tensor, A: Tensor, gates: Tensor, expert_of_column: Tensor, row_of_column: Tensor | None, width: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], expert_of_column.shape[0]), x.new_empty(x.shape[0], width)
+
+
+@torch.library.custom_op("molex::gate_backward", mutates_args=())
+def gate_backward(grad_gated: Tensor, hidden: Tensor, gates: Tensor, expert_of_column: Tensor) -> tuple[Tensor, Tensor]:
+    """grad_hidden (T, C) = gates · grad_gated, and grad_gates (T, E), the sums of grad_gated · hidden by expert."""
+    return launch_gate_backward(grad_gated, hidden, gates, expert_of_column)
+
+
+@gate_backward.register_fake
+def _(grad_gated: Tensor, hidden: Tensor, gates: Tensor, expert_of_column: Tensor) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape), gates.new_empty(gates.shape)
+
+
+@torch.library.custom_op("molex::skinny_wgrad", mutates_args=())
+def skinny_wgrad(left: Tensor, right: Tensor) -> Tensor:
+    """leftᵀ right: (T, C), (T, N) of one dtype -> (C, N) float32, the same bits every time."""
+    return launch_wgrad(left, right)
+
+
+@skinny_wgrad.register_fake
+def _(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[1], right.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("molex::expand_add_", mutates_args=("y",))
+def _expand_add(y: Tensor, gated: Tensor, B: Tensor) -> None:
+    launch_expand(y, gated, B)
+
+
+def expand_add(y: Tensor, gated: Tensor, B: Tensor) -> Tensor:
+    """y (T, O) += gated (T, C) · B (O, C)ᵀ in place, summed in float32; returns y. Has no gradient of its own."""
+    _expand_add(y, gated, B)
+    return y

@@ -1,0 +1,154 @@
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (a launch passes tensors and numbers where the kernel has tl.tensor and constexpr, and options that it has not)
+"""Shrink and gate in one launch: h = A x and g = G * h, reading x once.
+
+    h[t, c] = A[row_of_column[c]] · x[t]        g[t, c] = gates[t, expert_of_column[c]] · h[t, c]
+
+h is what the gates' gradient needs, g what the expand reads. g may be the tail of a buffer [x | g], x copied on the
+way; one product with [W | B] is then base and experts together. Where rows are few, D is split over programs
+that write float32 planes, which a second kernel adds in a fixed order and gates: the result never depends on timing.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from molex.kernels.triton.tiles import block, block_depth, must_widen, row_major, split, widened
+
+
+@triton.jit
+def shrink_kernel(
+    x_ptr: tl.tensor,
+    A_ptr: tl.tensor,
+    gates_ptr: tl.tensor,
+    expert_ptr: tl.tensor,
+    row_ptr: tl.tensor,
+    hidden_ptr: tl.tensor,  # (T, C), or the float32 planes (splits, T, C)
+    gated_ptr: tl.tensor,
+    copy_ptr: tl.tensor,
+    T: tl.tensor,
+    D: tl.tensor,
+    C: tl.tensor,
+    depth: tl.tensor,  # of D that one split sums
+    stride_x: tl.tensor,
+    stride_A: tl.tensor,
+    stride_gates: tl.tensor,
+    stride_gated: tl.tensor,
+    HAS_ROWS: tl.constexpr,
+    COPY: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (tile of T x C, split of D); neighbours share their rows of x."""
+    num_tiles_c = tl.cdiv(C, BLOCK_C)
+    tile_c = tl.program_id(0) % num_tiles_c
+    t = (tl.program_id(0) // num_tiles_c * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    row = tl.load(row_ptr + c, c < C, other=0) if HAS_ROWS else c
+    row_offset = row.to(tl.int64)[None, :] * stride_A
+    start = tl.program_id(1) * depth
+    acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for first in range(start, tl.minimum(start + depth, D), BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        x_mask = (t < T) & (d[None, :] < D)
+        x = tl.load(x_ptr + t * stride_x + d[None, :], x_mask, other=0.0)
+        A = tl.load(A_ptr + row_offset + d[:, None], (c[None, :] < C) & (d[:, None] < D), other=0.0)
+        acc = tl.dot(widened(x, UP), widened(A, UP), acc, input_precision="ieee")
+        if COPY:
+            tl.store(copy_ptr + t * stride_gated + d[None, :], x, x_mask & (tile_c == 0))
+    mask = (t < T) & (c[None, :] < C)
+    if SPLIT:
+        tl.store(hidden_ptr + (tl.program_id(1) * T + t) * C + c[None, :], acc, mask)
+    else:
+        expert = tl.load(expert_ptr + c, c < C, other=0)
+        gates = tl.load(gates_ptr + t * stride_gates + expert[None, :], mask, other=0.0)
+        tl.store(hidden_ptr + t * C + c[None, :], acc, mask)
+        tl.store(gated_ptr + t * stride_gated + c[None, :], acc * gates, mask)
+
+
+@triton.jit
+def gate_planes_kernel(
+    planes_ptr: tl.tensor,
+    gates_ptr: tl.tensor,
+    expert_ptr: tl.tensor,
+    hidden_ptr: tl.tensor,
+    gated_ptr: tl.tensor,
+    T: tl.tensor,
+    C: tl.tensor,
+    num_planes: tl.tensor,
+    stride_gates: tl.tensor,
+    stride_gated: tl.tensor,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Adds the planes, the first first, and gates the sum."""
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+    mask = (t < T) & (c < C)
+    acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    for plane in range(num_planes):
+        acc += tl.load(planes_ptr + (plane * T + t) * C + c, mask, other=0.0)
+    expert = tl.load(expert_ptr + c, c < C, other=0)
+    gates = tl.load(gates_ptr + t * stride_gates + expert, mask, other=0.0)
+    tl.store(hidden_ptr + t * C + c, acc, mask)
+    tl.store(gated_ptr + t * stride_gated + c, acc * gates, mask)
+
+
+def shrink_tile(num_tokens: int, num_columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """(BLOCK_T, BLOCK_C): all columns at once, so that x is read once; few rows spread their columns instead."""
+    most = 64 if dtype == torch.float32 else 128  # 128 would not fit into a thread's registers
+    return block(num_tokens, 64), block(num_columns, 16 if num_tokens <= 16 else most)
+
+
+def launch_shrink(
+    x: Tensor,
+    A: Tensor,
+    gates: Tensor,
+    expert_of_column: Tensor,
+    row_of_column: Tensor | None,
+    gated: Tensor,
+    copy: Tensor | None = None,
+) -> Tensor:
+    """Returns hidden (T, C); writes gated (T, C) and, where given, a copy of x whose rows lie as far apart."""
+    x, A, gates = row_major(x), row_major(A), row_major(gates)
+    (num_tokens, depth_all), num_columns = x.shape, len(expert_of_column)
+    hidden = torch.empty(num_tokens, num_columns, dtype=x.dtype, device=x.device)
+    if hidden.numel() == 0:
+        return hidden
+    BLOCK_T, BLOCK_C = shrink_tile(num_tokens, num_columns, x.dtype)
+    num_tiles = triton.cdiv(num_tokens, BLOCK_T) * triton.cdiv(num_columns, BLOCK_C)
+    num_splits, depth = split(depth_all, num_tiles, x.device, at_least=256)
+    out = hidden if num_splits == 1 else hidden.new_empty(num_splits, num_tokens, num_columns, dtype=torch.float32)
+    shrink_kernel[(num_tiles, num_splits)](
+        *(x, A, gates, expert_of_column, expert_of_column if row_of_column is None else row_of_column),
+        *(out, gated, gated if copy is None else copy, num_tokens, depth_all, num_columns, depth),
+        *(x.stride(0), A.stride(0), gates.stride(0), gated.stride(0)),
+        HAS_ROWS=row_of_column is not None,
+        COPY=copy is not None,
+        SPLIT=num_splits > 1,
+        UP=must_widen(x.dtype),
+        BLOCK_T=BLOCK_T,
+        BLOCK_C=BLOCK_C,
+        BLOCK_D=block_depth(x.dtype),
+        num_warps=4,
+        num_stages=4,
+    )
+    if num_splits > 1:
+        gate_planes(out, gates, expert_of_column, hidden, gated)
+    return hidden
+
+
+def gate_planes(planes: Tensor, gates: Tensor, expert_of_column: Tensor, hidden: Tensor, gated: Tensor) -> None:
+    """planes (splits, T, C) -> hidden and gated (T, C)."""
+    num_planes, num_tokens, num_columns = planes.shape
+    BLOCK_T, BLOCK_C = 16, block(num_columns, 64)
+    gate_planes_kernel[(triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(num_columns, BLOCK_C))](
+        *(planes, gates, expert_of_column, hidden, gated, num_tokens, num_columns, num_planes),
+        *(gates.stride(0), gated.stride(0)),
+        BLOCK_T=BLOCK_T,
+        BLOCK_C=BLOCK_C,
+    )

@@ -1,0 +1,57 @@
+"""Tile sizes, how a long sum is split, and what all kernels share.
+
+Sizes are functions of the shapes and of nothing else. An autotuner would time candidates on the first call, which a
+CUDA graph cannot capture, and could change the order of summation from one run to the next.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED_PROCESSORS = 4  # splits happen at toy sizes too, and so are tested
+
+
+@triton.jit
+def widened(tile: tl.tensor, UP: tl.constexpr) -> tl.tensor:
+    """The interpreter multiplies and adds the bit patterns of bfloat16, without a word."""
+    return tile.to(tl.float32) if UP else tile
+
+
+def must_widen(dtype: torch.dtype) -> bool:
+    """The UP of kernels that read this dtype."""
+    return INTERPRETED and dtype == torch.bfloat16
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """A tensor whose rows are contiguous, so that one stride describes it; a copy where it was not."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def block(size: int, largest: int) -> int:
+    """The power of two that holds `size`, from 16, the least that tensor cores take, to `largest`."""
+    return min(max(1 << (max(size, 1) - 1).bit_length(), 16), largest)
+
+
+def block_depth(dtype: torch.dtype) -> int:
+    """How much of the summed dimension a program loads at a time."""
+    return 32 if dtype == torch.float32 else 64
+
+
+def split(length: int, num_tiles: int, device: torch.device, at_least: int) -> tuple[int, int]:
+    """Cuts a sum of `length` terms where its tiles alone would leave processors idle: (number of parts, part).
+
+    A part is a multiple of `at_least`. The parts' sums are added in their order by whoever reads them.
+    """
+    parts = min(-(-length // at_least), max(1, 2 * _num_processors(device) // max(num_tiles, 1)))
+    part = -(-length // (max(parts, 1) * at_least)) * at_least
+    return max(1, -(-length // part)) if part else 1, part
+
+
+def _num_processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
