@@ -16,6 +16,24 @@ try:
 except ImportError as error:
     raise BackendError("the Triton kernels need the package triton: pip install 'molex[kernels]'") from error
 
-from molex.kernels.triton.ops import DTYPES, expand_add, gate_backward, shrink_extend, shrink_gate, skinny_wgrad
+from molex.kernels.triton.ops import (
+    DTYPES,
+    expand_add,
+    gate_backward,
+    route_shrink,
+    self_gated_shrink,
+    shrink_extend,
+    shrink_gate,
+    skinny_wgrad,
+)
 
-__all__ = ["DTYPES", "expand_add", "gate_backward", "shrink_extend", "shrink_gate", "skinny_wgrad"]
+__all__ = [
+    "DTYPES",
+    "expand_add",
+    "gate_backward",
+    "route_shrink",
+    "self_gated_shrink",
+    "shrink_extend",
+    "shrink_gate",
+    "skinny_wgrad",
+]

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molex.kernels.triton.choose import Routed, launch_route_gate, launch_self_gate
 from molex.kernels.triton.expand import launch_expand
 from molex.kernels.triton.gate_backward import launch_gate_backward
-from molex.kernels.triton.shrink import launch_shrink
+from molex.kernels.triton.route import launch_route_planes
+from molex.kernels.triton.shrink import launch_shrink, launch_shrink_planes
 from molex.kernels.triton.wgrad import launch_wgrad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,3 +122,71 @@ def expand_add(y: Tensor, gated: Tensor, B: Tensor) -> Tensor:
     """y (T, O) += gated (T, C) · B (O, C)ᵀ in place, summed in float32; returns y. Has no gradient of its own."""
     _expand_add(y, gated, B)
     return y
+
+
+@torch.library.custom_op("molex::route_shrink", mutates_args=())
+def _route_shrink(
+    x: Tensor,
+    A: Tensor,
+    router: Tensor,
+    scale: Tensor,
+    expert_of_column: Tensor,
+    row_of_column: Tensor | None,
+    top_k: int,
+    renormalise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    planes = launch_route_planes(x, A, router, len(expert_of_column), row_of_column)
+    return launch_route_gate(planes, scale, expert_of_column, x.dtype, top_k, renormalise)
+
+
+@_route_shrink.register_fake
+def _(
+    x: Tensor,
+    A: Tensor,
+    router: Tensor,
+    scale: Tensor,
+    expert_of_column: Tensor,
+    row_of_column: Tensor | None,
+    top_k: int,
+    renormalise: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden = x.new_empty(x.shape[0], expert_of_column.shape[0])
+    weights = router.new_empty(x.shape[0], router.shape[0])
+    ids = x.new_empty(x.shape[0], top_k, dtype=torch.int64)
+    return Routed(hidden, torch.empty_like(hidden), ids, weights, torch.empty_like(weights))
+
+
+def route_shrink(
+    x: Tensor,
+    A: Tensor,
+    router: Tensor,
+    scale: Tensor,
+    expert_of_column: Tensor,
+    row_of_column: Tensor | None = None,
+    *,
+    top_k: int,
+    renormalise: bool = True,
+) -> Routed:
+    """The softmax top-k router and `shrink_gate` in two launches, for inference: it has no gradient.
+
+    router (E, D) and scale (E,) are float32; at most `route.COLUMNS` columns of `route.EXPERTS` experts.
+    """
+    return Routed(*_route_shrink(x, A, router, scale, expert_of_column, row_of_column, top_k, renormalise))
+
+
+@torch.library.custom_op("molex::self_gated_shrink", mutates_args=())
+def self_gated_shrink(
+    x: Tensor, A: Tensor, bias: Tensor, scale: Tensor, top_k: int, signed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank-1 experts that route on A x: hidden, gated (T, C) and ids (T, K), for inference.
+
+    bias, which takes part in the choice alone, and scale are (C,) float32; at most `choose.SCORES` columns.
+    """
+    planes = launch_shrink_planes(x, A)
+    return launch_self_gate(planes, bias, scale, x.dtype, top_k, signed)
+
+
+@self_gated_shrink.register_fake
+def _(x: Tensor, A: Tensor, bias: Tensor, scale: Tensor, top_k: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = x.new_empty(x.shape[0], A.shape[0])
+    return hidden, torch.empty_like(hidden), x.new_empty(x.shape[0], top_k, dtype=torch.int64)

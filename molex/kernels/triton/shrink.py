@@ -104,6 +104,13 @@ def shrink_tile(num_tokens: int, num_columns: int, dtype: torch.dtype) -> tuple[
     return block(num_tokens, 64), block(num_columns, 16 if num_tokens <= 16 else most)
 
 
+def shrink_splits(x: Tensor, num_columns: int) -> tuple[int, int]:
+    """(number of splits of D, what one of them sums)."""
+    BLOCK_T, BLOCK_C = shrink_tile(x.shape[0], num_columns, x.dtype)
+    num_tiles = triton.cdiv(x.shape[0], BLOCK_T) * triton.cdiv(num_columns, BLOCK_C)
+    return split(x.shape[1], num_tiles, x.device, at_least=256)
+
+
 def launch_shrink(
     x: Tensor,
     A: Tensor,
@@ -114,22 +121,52 @@ def launch_shrink(
     copy: Tensor | None = None,
 ) -> Tensor:
     """Returns hidden (T, C); writes gated (T, C) and, where given, a copy of x whose rows lie as far apart."""
-    x, A, gates = row_major(x), row_major(A), row_major(gates)
-    (num_tokens, depth_all), num_columns = x.shape, len(expert_of_column)
-    hidden = torch.empty(num_tokens, num_columns, dtype=x.dtype, device=x.device)
+    gates = row_major(gates)
+    hidden = torch.empty(x.shape[0], len(expert_of_column), dtype=x.dtype, device=x.device)
     if hidden.numel() == 0:
         return hidden
+    num_splits, depth = shrink_splits(x, len(expert_of_column))
+    columns = (gates, expert_of_column, row_of_column)
+    if num_splits == 1:
+        _launch(x, A, *columns, hidden, gated, copy, depth)
+        return hidden
+    planes = torch.empty(num_splits, *hidden.shape, dtype=torch.float32, device=x.device)
+    _launch(x, A, *columns, planes, gated, copy, depth)
+    gate_planes(planes, gates, expert_of_column, hidden, gated)
+    return hidden
+
+
+def launch_shrink_planes(x: Tensor, A: Tensor) -> Tensor:
+    """A x as float32 planes (splits, T, C), not yet added and not gated."""
+    num_splits, depth = shrink_splits(x, A.shape[0])
+    planes = torch.empty(num_splits, x.shape[0], A.shape[0], dtype=torch.float32, device=x.device)
+    if planes.numel():
+        _launch(x, A, None, None, None, planes, planes, None, depth)
+    return planes
+
+
+def _launch(
+    x: Tensor,
+    A: Tensor,
+    gates: Tensor | None,
+    expert_of_column: Tensor | None,
+    row_of_column: Tensor | None,
+    out: Tensor,
+    gated: Tensor,
+    copy: Tensor | None,
+    depth: int,
+) -> None:
+    """out: hidden (T, C), or the planes (splits, T, C), for which the kernel reads no gates and writes no gated."""
+    x, A = row_major(x), row_major(A)
+    (num_tokens, depth_all), num_columns = x.shape, out.shape[-1]
     BLOCK_T, BLOCK_C = shrink_tile(num_tokens, num_columns, x.dtype)
     num_tiles = triton.cdiv(num_tokens, BLOCK_T) * triton.cdiv(num_columns, BLOCK_C)
-    num_splits, depth = split(depth_all, num_tiles, x.device, at_least=256)
-    out = hidden if num_splits == 1 else hidden.new_empty(num_splits, num_tokens, num_columns, dtype=torch.float32)
-    shrink_kernel[(num_tiles, num_splits)](
-        *(x, A, gates, expert_of_column, expert_of_column if row_of_column is None else row_of_column),
-        *(out, gated, gated if copy is None else copy, num_tokens, depth_all, num_columns, depth),
-        *(x.stride(0), A.stride(0), gates.stride(0), gated.stride(0)),
+    shrink_kernel[(num_tiles, triton.cdiv(depth_all, depth))](
+        *(x, A, gates, expert_of_column, row_of_column, out, gated, copy, num_tokens, depth_all, num_columns, depth),
+        *(x.stride(0), A.stride(0), 0 if gates is None else gates.stride(0), gated.stride(0)),
         HAS_ROWS=row_of_column is not None,
         COPY=copy is not None,
-        SPLIT=num_splits > 1,
+        SPLIT=out.dim() == 3,
         UP=must_widen(x.dtype),
         BLOCK_T=BLOCK_T,
         BLOCK_C=BLOCK_C,
@@ -137,9 +174,6 @@ def launch_shrink(
         num_warps=4,
         num_stages=4,
     )
-    if num_splits > 1:
-        gate_planes(out, gates, expert_of_column, hidden, gated)
-    return hidden
 
 
 def gate_planes(planes: Tensor, gates: Tensor, expert_of_column: Tensor, hidden: Tensor, gated: Tensor) -> None:

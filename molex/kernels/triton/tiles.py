@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-INTERPRETED_PROCESSORS = 4  # splits happen at toy sizes too, and so are tested
+INTERPRETED_PROCESSORS = 8  # splits happen at toy sizes too, and so are tested
 
 
 @triton.jit
@@ -41,12 +41,12 @@ def block_depth(dtype: torch.dtype) -> int:
     return 32 if dtype == torch.float32 else 64
 
 
-def split(length: int, num_tiles: int, device: torch.device, at_least: int) -> tuple[int, int]:
-    """Cuts a sum of `length` terms where its tiles alone would leave processors idle: (number of parts, part).
+def split(length: int, num_tiles: int, device: torch.device, at_least: int, each: int = 1) -> tuple[int, int]:
+    """Cuts a sum of `length` terms where its tiles are fewer than `each` a processor: (number of parts, part).
 
     A part is a multiple of `at_least`. The parts' sums are added in their order by whoever reads them.
     """
-    parts = min(-(-length // at_least), max(1, 2 * _num_processors(device) // max(num_tiles, 1)))
+    parts = min(-(-length // at_least), max(1, each * _num_processors(device) // max(num_tiles, 1)))
     part = -(-length // (max(parts, 1) * at_least)) * at_least
     return max(1, -(-length // part)) if part else 1, part
 

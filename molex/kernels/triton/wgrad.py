@@ -56,7 +56,7 @@ def launch_wgrad(left: Tensor, right: Tensor) -> Tensor:
     (num_tokens, num_columns), width = left.shape, right.shape[1]
     BLOCK_C, BLOCK_N = wgrad_tile(num_columns, width)
     num_tiles = triton.cdiv(num_columns, BLOCK_C) * triton.cdiv(width, BLOCK_N)
-    num_splits, depth = split(num_tokens, num_tiles, left.device, at_least=256)
+    num_splits, depth = split(num_tokens, num_tiles, left.device, at_least=256, each=2)
     planes = torch.empty(num_splits, num_columns, width, dtype=torch.float32, device=left.device)
     if num_tiles:
         wgrad_kernel[(num_tiles, num_splits)](

@@ -1,62 +1,77 @@
-"""Compiles a kernel for a GPU that is not there, and reads what came out.
+"""Compiles what a launch would, for a GPU that is not there, and reads what came out.
 
-Types and alignments are those of a usual launch: 16-bit or float32 data, int64 tables, and every pointer and stride a
-multiple of 16, which is what lets loads be wide and asynchronous.
+`launches` stands in for the driver: kernels are called as ever, with their real arguments, and Triton specialises and
+compiles them; they only are not run.
 """
 
 import re
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-WIDE = ("gates", "planes", "logits", "router", "scale", "bias", "weights")  # float32 whatever x is
-TABLES = ("expert", "row", "ids", "order", "blocks", "counts", "starts", "columns", "slots")  # int64
+from molex.kernels.triton import tiles
+
+PROCESSORS = {80: 108, 90: 132}  # of an A100, an H100
 
 
 @dataclass(frozen=True)
-class Compiled:
+class Launch:
+    name: str
+    grid: tuple[int, ...]
     ptx: str
-    shared: int  # bytes
+    shared: int  # bytes a block
     registers: int  # a thread
-    local: int  # bytes a thread spilled
-
-    def has(self, instruction: str) -> bool:
-        return instruction in self.ptx
+    spilled: int  # bytes a thread
 
 
-def compile_for(
-    kernel: Any, capability: int, dtype: torch.dtype, constants: dict[str, Any], tmp_path: Path, **options: int
-) -> Compiled:
-    signature = {name: _type(name, dtype, constants) for name in kernel.arg_names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if name.endswith("_ptr") or name.startswith("stride") or name in ("D", "C", "O", "N", "depth")
-    }
-    source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage = _resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
-    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, usage["REG"], usage["LOCAL"] + usage["STACK"])
+@dataclass
+class NoGpu:
+    """What Triton asks a driver before it compiles. The device's number is its capability: caches are by device."""
+
+    capability: int
+    launches: list[Launch] = field(default_factory=list)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
 
 
-def _type(name: str, dtype: torch.dtype, constants: dict[str, Any]) -> str:
-    if name in constants:
-        return "constexpr"
-    if not name.endswith("_ptr"):
-        return "i32"
-    stem = name.removesuffix("_ptr").removeprefix("grad_")
-    return "*" + ("i64" if stem in TABLES else "fp32" if stem in WIDE else TYPES[dtype])
+@contextmanager
+def launches(capability: int) -> Iterator[list[Launch]]:
+    """Every kernel launched inside, in order."""
+    gpu, run = NoGpu(capability), JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        usage = _resources(compiled.asm["cubin"])
+        spilled = usage["LOCAL"] + usage["STACK"]
+        found = Launch(self.fn.__name__, grid, compiled.asm["ptx"], compiled.metadata.shared, usage["REG"], spilled)
+        gpu.launches.append(found)
+
+    processors = patch.object(tiles, "_num_processors", lambda device: PROCESSORS[capability])
+    with patch.object(JITFunction, "run", compile_only), processors, patch.object(driver, "_active", gpu):
+        yield gpu.launches
 
 
-def _resources(cubin: bytes, path: Path) -> dict[str, int]:
-    path.write_bytes(cubin)
+def _resources(cubin: bytes) -> dict[str, int]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    dump = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        dump = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
     return {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}

@@ -1,9 +1,8 @@
-"""Every kernel at every tile it is launched with, compiled for Ampere and Hopper: tensor cores, memory, no spills."""
+"""What the operators launch, compiled for Ampere and Hopper from real arguments: tensor cores, memory, no spills."""
 
 import os
 import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,71 +10,86 @@ import torch
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
-from molex.kernels.triton.expand import expand_kernel, expand_tile
-from molex.kernels.triton.gate_backward import gate_backward_kernel
-from molex.kernels.triton.shrink import gate_planes_kernel, shrink_kernel, shrink_tile
-from molex.kernels.triton.tiles import INTERPRETED, block, block_depth
-from molex.kernels.triton.wgrad import wgrad_kernel, wgrad_tile
-from tests.kernels.triton.ahead import Compiled, compile_for
+from molex.kernels.triton import (
+    expand_add,
+    gate_backward,
+    route_shrink,
+    self_gated_shrink,
+    shrink_extend,
+    shrink_gate,
+    skinny_wgrad,
+)
+from tests.kernels.triton.ahead import Launch, launches
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-ROWS = [1, 32, 8192]  # decode, a few, training
-COLUMNS = [8, 64, 128]
+IN_FLOAT32 = ("gate_backward_kernel", "gate_planes_kernel", "route_gate_kernel", "self_gate_kernel")
+SHAPES = [  # tokens (decoding, a few, training), experts, their rank
+    (torch.bfloat16, 1, 8, 16),
+    (torch.bfloat16, 48, 3, 5),
+    (torch.bfloat16, 8192, 8, 16),
+    (torch.bfloat16, 8192, 64, 1),
+    (torch.float32, 1, 64, 1),
+    (torch.float32, 8192, 8, 16),
+]
 
-pytestmark = pytest.mark.parametrize("capability", SHARED_MEMORY)
+
+def every_operator(num_tokens: int, num_experts: int, rank: int, dtype: torch.dtype) -> dict[str, Callable]:
+    width, num_columns = 4096, num_experts * rank
+    x, y = torch.zeros(2, num_tokens, width, dtype=dtype)
+    A, B = torch.zeros(num_columns, width, dtype=dtype), torch.zeros(width, num_columns, dtype=dtype)
+    gates, narrow = torch.zeros(num_tokens, num_experts), torch.zeros(num_tokens, num_columns, dtype=dtype)
+    expert_of_column = torch.arange(num_columns) // rank
+    router, scale, bias = torch.zeros(num_experts, width), torch.ones(num_experts), torch.zeros(num_columns)
+    return {
+        "shrink": lambda: shrink_gate(x, A, gates, expert_of_column),
+        "shared A": lambda: shrink_gate(x, A[:rank], gates, expert_of_column, torch.arange(num_columns) % rank),
+        "extend": lambda: shrink_extend(x, A, gates, expert_of_column, None, width + num_columns),
+        "gate_backward": lambda: gate_backward(narrow, narrow, gates, expert_of_column),
+        "wgrad": lambda: skinny_wgrad(narrow, x),
+        "expand": lambda: expand_add(y, narrow, B),
+        "route": lambda: route_shrink(x, A, router, scale, expert_of_column, top_k=2),
+        "self": lambda: self_gated_shrink(x, A, bias, bias, 2, False),
+    }
 
 
-def check(compiled: Compiled, capability: int, dtype: torch.dtype, rows: int) -> None:
-    """rows: of the tile's left factor; warp-group products begin at 64."""
-    assert compiled.shared <= SHARED_MEMORY[capability]
-    assert compiled.local <= 16, f"{compiled.local} bytes spilled"  # ptxas gives up a word or two for occupancy
-    if dtype == torch.float32:
-        assert not re.search(r"\bw?g?mma\.", compiled.ptx), "float32 is to stay float32"
-    elif capability >= 90 and rows >= 64:
-        assert compiled.has("wgmma.mma_async")
+def check(launch: Launch, capability: int, dtype: torch.dtype) -> None:
+    assert launch.shared <= SHARED_MEMORY[capability], f"{launch.name}: {launch.shared} bytes of shared memory"
+    # ptxas gives up a word or two a thread for occupancy
+    assert launch.spilled <= 16, f"{launch.name}: {launch.spilled} bytes a thread spilled"
+    if dtype == torch.float32 or launch.name in IN_FLOAT32:
+        assert not re.search(r"\bw?g?mma\.", launch.ptx), f"{launch.name}: float32 is to stay float32"
     else:
-        assert compiled.has("mma.sync")
+        assert re.search(r"\b(wgmma\.mma_async|mma\.sync)\.", launch.ptx), f"{launch.name}: no tensor cores"
 
 
-@pytest.mark.parametrize("num_columns", COLUMNS)
-@pytest.mark.parametrize("num_tokens", ROWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mode", ["plain", "rows", "copy", "split"])
-def test_shrink(
-    mode: str, dtype: torch.dtype, num_tokens: int, num_columns: int, capability: int, tmp_path: Path
-) -> None:
-    BLOCK_T, BLOCK_C = shrink_tile(num_tokens, num_columns, dtype)
-    constants: dict[str, Any] = {"HAS_ROWS": mode == "rows", "COPY": mode == "copy", "SPLIT": mode == "split"}
-    constants |= {"UP": INTERPRETED, "BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "BLOCK_D": block_depth(dtype)}
-    compiled = compile_for(shrink_kernel, capability, dtype, constants, tmp_path, num_warps=4, num_stages=4)
-    check(compiled, capability, dtype, BLOCK_T)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_it_fits(capability: int, shape: tuple[torch.dtype, int, int, int]) -> None:
+    dtype, *sizes = shape
+    for name, call in every_operator(*sizes, dtype).items():
+        with launches(capability) as launched:
+            call()
+        assert launched, f"{name} launched nothing"
+        for launch in launched:
+            check(launch, capability, dtype)
 
 
-@pytest.mark.parametrize("num_columns", COLUMNS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_wgrad(dtype: torch.dtype, num_columns: int, capability: int, tmp_path: Path) -> None:
-    BLOCK_C, BLOCK_N = wgrad_tile(num_columns, 4096)
-    constants = {"UP": INTERPRETED, "BLOCK_T": block_depth(dtype), "BLOCK_C": BLOCK_C, "BLOCK_N": BLOCK_N}
-    compiled = compile_for(wgrad_kernel, capability, dtype, constants, tmp_path, num_warps=4, num_stages=4)
-    check(compiled, capability, dtype, BLOCK_C)
+@pytest.mark.parametrize("name", ["shrink", "extend", "wgrad", "expand"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_training_uses_hoppers_warp_groups(dtype: torch.dtype, name: str) -> None:
+    with launches(90) as launched:
+        every_operator(8192, 8, 16, dtype)[name]()
+    assert "wgmma.mma_async" in launched[0].ptx
 
 
-@pytest.mark.parametrize("num_columns", COLUMNS)
-@pytest.mark.parametrize("num_tokens", ROWS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_expand(dtype: torch.dtype, num_tokens: int, num_columns: int, capability: int, tmp_path: Path) -> None:
-    BLOCK_T, BLOCK_O = expand_tile(num_tokens, 4096, dtype)
-    BLOCK_C = block(num_columns, block_depth(dtype))
-    constants = {"UP": INTERPRETED, "BLOCK_T": BLOCK_T, "BLOCK_O": BLOCK_O, "BLOCK_C": BLOCK_C}
-    compiled = compile_for(expand_kernel, capability, dtype, constants, tmp_path, num_warps=8, num_stages=3)
-    check(compiled, capability, dtype, BLOCK_T)
+def test_training_reads_x_once_and_needs_no_second_launch() -> None:
+    with launches(90) as launched:
+        every_operator(8192, 8, 16, torch.bfloat16)["shrink"]()
+    assert [launch.grid for launch in launched] == [(128, 1)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_small_ones_fit(dtype: torch.dtype, capability: int, tmp_path: Path) -> None:
-    """They multiply in float32 or not at all."""
-    for constants in ({"BLOCK_T": 32, "BLOCK_C": 64, "BLOCK_E": 16}, {"BLOCK_T": 32, "BLOCK_C": 64, "BLOCK_E": 64}):
-        check(compile_for(gate_backward_kernel, capability, dtype, constants, tmp_path), capability, torch.float32, 32)
-    constants = {"BLOCK_T": 16, "BLOCK_C": 64}
-    check(compile_for(gate_planes_kernel, capability, dtype, constants, tmp_path), capability, torch.float32, 16)
+def test_decoding_keeps_processors_busy() -> None:
+    with launches(90) as launched:
+        every_operator(1, 8, 16, torch.bfloat16)["shrink"]()
+    assert [launch.name for launch in launched] == ["shrink_kernel", "gate_planes_kernel"]
+    assert launched[0].grid[0] * launched[0].grid[1] >= 100

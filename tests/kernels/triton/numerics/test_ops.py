@@ -7,23 +7,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from molex.kernels.triton import expand_add, gate_backward, ops, shrink_extend, shrink_gate, skinny_wgrad
+from molex.kernels.triton import (
+    expand_add,
+    gate_backward,
+    ops,
+    self_gated_shrink,
+    shrink_extend,
+    shrink_gate,
+    skinny_wgrad,
+)
 from tests.kernels.triton.problems import CASES, Case, Problem, make
 
 SHARED = next(case for case in CASES if case.share_A)
 
 
 def calls(p: Problem) -> dict[str, tuple[Callable, tuple]]:
-    gates, hidden = p.gates.detach(), torch.randn_like(p.grad)
+    x, A, gates, hidden = p.x.detach(), p.A.detach(), p.gates.detach(), torch.randn_like(p.grad)
     return {
         "shrink_gate": (shrink_gate, (p.x, p.A, p.gates, p.expert_of_column, p.row_of_column)),
-        "shrink_extend": (
-            shrink_extend,
-            (p.x.detach(), p.A.detach(), gates, p.expert_of_column, p.row_of_column, 64),
-        ),
+        "shrink_extend": (shrink_extend, (x, A, gates, p.expert_of_column, p.row_of_column, 64)),
         "gate_backward": (gate_backward, (p.grad, hidden, gates, p.expert_of_column)),
-        "skinny_wgrad": (skinny_wgrad, (p.grad, p.x.detach())),
+        "skinny_wgrad": (skinny_wgrad, (p.grad, x)),
         "expand_add": (ops._expand_add, (p.y, p.grad, p.B)),
+        "route_shrink": (
+            ops._route_shrink,
+            (x, A, torch.randn(5, 24), torch.ones(5), p.expert_of_column, p.row_of_column, 2, True),
+        ),
+        "self_gated_shrink": (self_gated_shrink, (x, A, torch.zeros(len(A)), torch.ones(len(A)), 2, False)),
     }
 
 
