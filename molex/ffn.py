@@ -3,9 +3,9 @@
     h_e = act(W_gate x + Δ_gate,e x) ⊙ (W_up x + Δ_up,e x)
     y = W_down (h_0 + Σ_k w_k (h_k − h_0)) + Σ_k w_k Δ_down,k h_k
 
-No code per architecture: `widen` linears (gate, up, fc1, a fused gate_up) return K + 1 streams on a new first
-axis, the base's and one for each chosen expert; the model's own activation acts on them elementwise; the `narrow`
-linear (down, fc2) sums them and runs the base once. (MixLoRA, arXiv 2404.15159.)
+No code per architecture: `widen` linears (gate, up, fc1, a fused gate_up) return streams on a new first axis, one for
+each chosen expert and, where weights need not sum to 1, the base's before them; the model's own activation acts on them
+elementwise; the `narrow` linear (down, fc2) sums them and runs the base once. (MixLoRA, arXiv 2404.15159.)
 """
 
 from collections.abc import Sequence
@@ -86,10 +86,10 @@ class NarrowLinear(MixtureLinear):
         if leader.name not in self.state.pending:
             raise StateError(f"{self.name} ran before {leader.name}: this is not a feed-forward block of two halves")
         source, routing = self.state.pending.pop(leader.name)
-        num_slots = routing.expert_ids.shape[1]
-        if x.shape != (num_slots + 1, *source.shape[:-1], self.in_features):
+        num_streams = routing.expert_ids.shape[1] + routing.base_streams
+        if x.shape != (num_streams, *source.shape[:-1], self.in_features):
             raise StateError(
-                f"{self.name} got {tuple(x.shape)} instead of {num_slots + 1} streams of {tuple(source.shape[:-1])}: "
+                f"{self.name} got {tuple(x.shape)} instead of {num_streams} streams of {tuple(source.shape[:-1])}: "
                 "something between the two halves of this block is not elementwise; use scope='linear'"
             )
         return routing

@@ -34,6 +34,12 @@ class Routing(NamedTuple):
     weights: Tensor  # (T, K) float32 or wider, differentiable; 0 where nobody
     logits: Tensor | None  # (T, E), what losses read; None where nothing was scored
     num_experts: int
+    normalised: bool = False  # the router's weights sum to 1 for every token, and nobody is chosen nowhere
+
+    @property
+    def base_streams(self) -> int:
+        """How many streams of a feed-forward block are the base's own: none where weights leave it no share."""
+        return 0 if self.normalised else 1
 
     def gates(self) -> Tensor:
         """The same decision as a dense (T, E) matrix; zero where an expert was not chosen."""
@@ -50,7 +56,9 @@ class Routing(NamedTuple):
     def to(self, device: torch.device) -> "Routing":
         """The same on another device, with gradient."""
         logits_TE = None if self.logits is None else self.logits.to(device)
-        return Routing(self.expert_ids.to(device), self.weights.to(device), logits_TE, self.num_experts)
+        return self._replace(
+            expert_ids=self.expert_ids.to(device), weights=self.weights.to(device), logits=logits_TE
+        )
 
     def check(self) -> None:
         """States the invariants; raises AssertionError. Tests call it for every router."""
@@ -62,6 +70,10 @@ class Routing(NamedTuple):
         assert bool(((ids_TK >= -1) & (ids_TK < self.num_experts)).all()), "an expert id is out of range"
         assert bool(weights_TK.isfinite().all()), "a weight is not finite"
         assert bool((weights_TK[ids_TK < 0] == 0).all()), "nobody has a weight"
+        if self.normalised:
+            assert bool((ids_TK >= 0).all()), "nobody is chosen, and the weights are called normalised"
+            sums_T = weights_TK.sum(1)
+            assert bool(((sums_T - 1).abs() < 1e-5).all()), "normalised weights do not sum to 1"
         picks_TE = torch.zeros(ids_TK.shape[0], self.num_experts + 1, device=ids_TK.device)
         picks_TE.scatter_add_(1, ids_TK % (self.num_experts + 1), torch.ones_like(ids_TK, dtype=torch.float32))
         assert bool((picks_TE[:, : self.num_experts] <= 1).all()), "an expert is chosen twice for one token"
@@ -117,8 +129,8 @@ class Decision(NamedTuple):
 Trace = Mapping[str, Decision]  # layer name -> what was decided there in one forward
 
 
-def dense_routing(weights: Tensor, logits: Tensor | None) -> Routing:
+def dense_routing(weights: Tensor, logits: Tensor | None, normalised: bool = False) -> Routing:
     """Every expert serves every token: K == E, weights (T, E)."""
     num_tokens, num_experts = weights.shape
     ids_TE = torch.arange(num_experts, device=weights.device).expand(num_tokens, num_experts)
-    return Routing(ids_TE, weights, logits, num_experts)
+    return Routing(ids_TE, weights, logits, num_experts, normalised)

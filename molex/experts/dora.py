@@ -79,9 +79,10 @@ class DoRABank(LoRABank):
         if form == "widen":
             deltas = backend.widen_delta(flat(dropped), columns, everyone(routing).scaled(self.scale))
             stretched = y + plain * stretch_KTO.view(-1, *y.shape) + deltas.view(-1, *y.shape).to(y.dtype)
-            return torch.cat([y[None], stretched])
-        stretched = torch.cat([y[:1], y[1:] + plain[1:] * stretch_KTO.view(y[1:].shape)])
-        rows_KTD = dropped[1:].reshape(stretch_KTO.shape[0], -1, x.shape[-1])
+            return torch.cat([y[None], stretched]) if routing.base_streams else stretched
+        own = slice(routing.base_streams, None)
+        stretched = torch.cat([y[: own.start], y[own] + plain[own] * stretch_KTO.view(y[own].shape)])
+        rows_KTD = dropped[own].reshape(stretch_KTO.shape[0], -1, x.shape[-1])
         delta_TO = backend.narrow_delta(rows_KTD, columns, routing.scaled(self.scale))
         return mix_streams(stretched, routing.weights) + _fit(delta_TO, y[0])
 

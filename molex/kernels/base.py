@@ -5,8 +5,9 @@
     narrow   y = base(h_0 + Σ_k v_k (h_k − h_0)) + Σ_k w_k · B_e A_e h_k
 
 widen and narrow are the two ends of a MixLoRA feed-forward block: the last projection is linear, so
-Σ v_k W h_k = W Σ v_k h_k and the base runs once each way. The difference form leaves the base bit for bit
-at B = 0 even where float weights do not sum to exactly 1.
+Σ v_k W h_k = W Σ v_k h_k and the base runs once each way. Where the router's weights sum to 1 stream 0 has no share:
+it is left out, and h_1 + Σ_{k>1} v_k (h_k − h_1) is the same. The difference forms leave the base bit for bit at B = 0
+even where float weights do not sum to exactly 1.
 
 A backend receives the base module, because the best plans fold the experts into the base's own product; the ones
 here call the base as it is, in its own input shape, and add.
@@ -80,11 +81,16 @@ class Backend(ABC):
     def widen(
         self, x: Tensor, base: nn.Module, columns: Columns, routing: Routing, *, dropped: Tensor | None = None
     ) -> Tensor:
-        """(..., D) -> (K+1, ..., O): the base's stream and one for each slot."""
+        """(..., D) -> (K+1, ..., O): the base's stream, left out where weights are normalised, and one a slot."""
         y = base(x)
         rows_TD = (x if dropped is None else dropped).reshape(-1, x.shape[-1])
-        deltas_KTO = self.widen_delta(rows_TD, columns, routing)
-        return torch.cat([y[None], y + deltas_KTO.view(len(deltas_KTO), *y.shape).to(y.dtype)])
+        streams_KTO = self.widen_add(y.reshape(-1, y.shape[-1]), rows_TD, columns, routing)
+        streams = streams_KTO.view(len(streams_KTO), *y.shape)
+        return torch.cat([y[None], streams]) if routing.base_streams else streams
+
+    def widen_add(self, y: Tensor, rows: Tensor, columns: Columns, routing: Routing) -> Tensor:
+        """y (T, O) and, apart, what each slot's expert adds for rows (T, D): (K, T, O)."""
+        return y + self.widen_delta(rows, columns, routing).to(y.dtype)
 
     def narrow(
         self,
@@ -96,9 +102,10 @@ class Backend(ABC):
         *,
         dropped: Tensor | None = None,
     ) -> Tensor:
-        """(K+1, ..., D) -> (..., O). mix (T, K) are the v_k: the routing's weights before the experts' scale."""
+        """(K+1, ..., D), or (K, ..., D) as `widen` gives them, -> (..., O). mix (T, K) are the v_k: the routing's
+        weights before the experts' scale."""
         y = base(mix_streams(streams, mix))
-        rows = (streams if dropped is None else dropped)[1:]
+        rows = own_streams(streams if dropped is None else dropped, routing)
         delta_TO = self.narrow_delta(rows.flatten(1, -2), columns, routing)
         return y + delta_TO.view(y.shape).to(y.dtype)
 
@@ -109,6 +116,8 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, streams: Tensor, mix: Tensor) -> Tensor:
         ctx.save_for_backward(streams, mix)
+        if len(mix) == 1 and mix.dtype == streams.dtype:
+            return torch.lerp(streams[0], streams[1], mix[0])
         mixed = streams[0].to(mix.dtype, copy=True)
         for stream, weight in zip(streams[1:], mix, strict=True):
             mixed += weight * (stream - streams[0])
@@ -123,13 +132,25 @@ class _Mix(torch.autograd.Function):
         grad_mix = torch.empty_like(mix)
         for k, weight in enumerate(mix):
             grad_streams[k + 1] = weight * grad
-            grad_mix[k] = (grad * (streams[k + 1] - streams[0])).sum(-1, keepdim=True, dtype=mix.dtype)
+            grad_mix[k] = (streams[k + 1] - streams[0]).mul_(grad).sum(-1, keepdim=True, dtype=mix.dtype)
         return grad_streams, grad_mix
 
 
 def mix_streams(streams: Tensor, mix: Tensor) -> Tensor:
-    """h_0 + Σ_k v_k (h_k − h_0): (K+1, ..., D), (T, K) -> (..., D); exactly h_0 where all streams are equal."""
-    return _Mix.apply(streams, mix.T.reshape(mix.shape[1], *streams.shape[1:-1], 1))
+    """h_0 + Σ_k v_k (h_k − h_0), mix (T, K) -> (..., D); exactly h_0 where all streams are equal.
+
+    streams: (K+1, ..., D), or (K, ..., D) where v sum to 1, so that the first one takes what the others leave.
+    """
+    num_others = len(streams) - 1
+    if num_others == 0:
+        return streams[0]
+    others = mix[:, mix.shape[1] - num_others :]
+    return _Mix.apply(streams, others.T.reshape(num_others, *streams.shape[1:-1], 1))
+
+
+def own_streams(streams: Tensor, routing: Routing) -> Tensor:
+    """The streams of the chosen experts: all, or all but the base's."""
+    return streams[1:] if routing.base_streams else streams  # a slice of all would cost a copy in its backward
 
 
 backends: Registry[type[Backend]] = Registry("backend")

@@ -33,6 +33,13 @@ class Dense(Backend):
         gated_TC = gated_hidden(rows, columns, routing, hidden).to(y.dtype)
         return torch.addmm(y.reshape(-1, y.shape[-1]), gated_TC, columns.B.T).view(y.shape)
 
+    def widen_add(self, y: Tensor, rows: Tensor, columns: Columns, routing: Routing) -> Tensor:
+        if y.dtype != columns.B.dtype:
+            return super().widen_add(y, rows, columns, routing)
+        gated_KTC = gate(columns.shrink(rows), slot_gates(routing), columns).to(y.dtype)
+        num_slots = len(gated_KTC)
+        return torch.baddbmm(y.expand(num_slots, -1, -1), gated_KTC, columns.B.T.expand(num_slots, -1, -1))
+
     def widen_delta(self, x: Tensor, columns: Columns, routing: Routing) -> Tensor:
         return expand(gate(columns.shrink(x), slot_gates(routing), columns), columns)
 

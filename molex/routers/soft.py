@@ -32,4 +32,4 @@ class SoftRouter(GatedRouter):
 
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         logits_TE = self.gate(x)
-        return dense_routing(logits_TE.softmax(-1), logits_TE)
+        return dense_routing(logits_TE.softmax(-1), logits_TE, normalised=True)

@@ -53,4 +53,4 @@ class TopKRouter(GatedRouter):
         weights_TK, ids_TK = probs_TE.topk(self.config.top_k, dim=-1)
         if self.config.renormalise:
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        return Routing(ids_TK, weights_TK, logits_TE, self.num_experts)
+        return Routing(ids_TK, weights_TK, logits_TE, self.num_experts, normalised=self.config.renormalise)

@@ -25,6 +25,7 @@ class Case:
     share_A: bool = False
     strided_x: bool = False
     summed: bool = False  # the gradient of y.sum(): one number, stride zero
+    normalised: bool = False  # weights that sum to 1: feed-forward blocks then have no stream of the base
 
     def expert_ids(self) -> Tensor:
         scores_TE = torch.rand(self.num_tokens, len(self.ranks))
@@ -55,6 +56,9 @@ CASES = [
     Case("all experts", top_k=5),
     Case("one expert", ranks=(4,), top_k=1),
     Case("many columns", ranks=(64,) * 9),
+    Case("normalised", normalised=True),
+    Case("normalised, one each", top_k=1, normalised=True),
+    Case("normalised, three each", top_k=3, normalised=True),
 ]
 
 
@@ -73,6 +77,7 @@ class Problem:
     ranks: tuple[int, ...]
     row_of_column: Tensor
     grad: Tensor
+    normalised: bool = False
 
     LEAVES = ("x", "A", "B", "weights", "mix")
 
@@ -81,7 +86,11 @@ class Problem:
         return Columns(self.A, self.B, self.ranks, columns_of(self.ranks), shared)
 
     def routing(self) -> Routing:
-        return Routing(self.expert_ids, self.weights, None, len(self.ranks))
+        return Routing(self.expert_ids, self.weights, None, len(self.ranks), self.normalised)
+
+    def shares(self) -> Tensor:
+        """mix (T, K), or its share of each token's sum. Gradients are compared through it: a sum of 1 cannot move."""
+        return self.mix / self.mix.sum(1, keepdim=True) if self.normalised else self.mix
 
     def factors(self, expert_id: int) -> tuple[Tensor, Tensor]:
         start = sum(self.ranks[:expert_id])
@@ -100,14 +109,14 @@ class Problem:
 
 def make(case: Case, form: Form, dtype: torch.dtype) -> Problem:
     """A random problem at unit scale, its values exact in the dtype."""
-    num_streams = {"narrow": case.top_k + 1}.get(form, 1)
+    num_streams = case.top_k + (not case.normalised)
     shape = (num_streams, case.num_tokens, case.num_in) if form == "narrow" else (case.num_tokens, case.num_in)
     x = torch.randn(*shape[:-1], 2 * case.num_in)[..., ::2] if case.strided_x else torch.randn(shape)
     ids_TK = case.expert_ids()
     weights_TK = (0.1 + torch.rand(ids_TK.shape)) * (ids_TK >= 0)
     num_columns = sum(case.ranks)
     rows = torch.arange(num_columns) % (case.ranks[0] if case.share_A else num_columns)
-    out_shape = (case.top_k + 1, case.num_tokens, case.num_out) if form == "widen" else (case.num_tokens, case.num_out)
+    out_shape = (num_streams, case.num_tokens, case.num_out) if form == "widen" else (case.num_tokens, case.num_out)
     return Problem(
         x=x,
         W=torch.randn(case.num_out, case.num_in) / case.num_in**0.5,
@@ -120,6 +129,7 @@ def make(case: Case, form: Form, dtype: torch.dtype) -> Problem:
         ranks=case.ranks,
         row_of_column=rows,
         grad=torch.ones(()).expand(out_shape) if case.summed else torch.randn(out_shape),
+        normalised=case.normalised,
     ).to(dtype)
 
 
@@ -128,19 +138,21 @@ def token_by_token(p: Problem, form: Form) -> Tensor:
     rows = []
     num_tokens, num_slots = p.expert_ids.shape
     for t in range(num_tokens):
-        x = p.x[:, t] if form == "narrow" else p.x[t].expand(num_slots + 1, -1)
+        own = p.x[:, t][-num_slots:] if form == "narrow" else p.x[t].expand(num_slots, -1)
+        x = p.x[0, t] if form == "narrow" else p.x[t]
         added = [p.bias.new_zeros(p.bias.shape)] * num_slots
         for k, expert_id in enumerate(p.expert_ids[t].tolist()):
             if expert_id >= 0:
                 A_RD, B_OR = p.factors(expert_id)
-                added[k] = p.weights[t, k] * (B_OR @ (A_RD @ x[k + 1]))
+                added[k] = p.weights[t, k] * (B_OR @ (A_RD @ own[k]))
         if form == "widen":
-            y = p.W @ x[0] + p.bias
-            rows.append(torch.stack([y, *(y + delta for delta in added)]))
+            y = p.W @ x + p.bias
+            rows.append(torch.stack([*([] if p.normalised else [y]), *(y + delta for delta in added)]))
         elif form == "linear":
-            rows.append(p.W @ x[0] + p.bias + sum(added))
+            rows.append(p.W @ x + p.bias + sum(added))
         else:
-            mixed = x[0] + sum(p.mix[t, k] * (x[k + 1] - x[0]) for k in range(num_slots))
+            rest = 0 if p.normalised else 1 - p.shares()[t].sum()
+            mixed = rest * x + sum(p.shares()[t, k] * own[k] for k in range(num_slots))
             rows.append(p.W @ mixed + p.bias + sum(added))
     return torch.stack(rows, dim=-2) if rows else p.grad * p.W.sum() * p.x.sum()
 
@@ -150,7 +162,7 @@ def expert_by_expert(p: Problem, form: Form) -> Tensor:
     num_slots = p.expert_ids.shape[1]
     added = []
     for k in range(num_slots):
-        x = p.x[k + 1] if form == "narrow" else p.x
+        x = p.x[-num_slots:][k] if form == "narrow" else p.x
         delta_TO = x.new_zeros(x.shape[0], p.B.shape[0])
         for expert_id in range(len(p.ranks)):
             A_RD, B_OR = p.factors(expert_id)
@@ -162,6 +174,7 @@ def expert_by_expert(p: Problem, form: Form) -> Tensor:
         return F.linear(p.x, p.W, p.bias) + sum(added)
     if form == "widen":
         y = F.linear(p.x, p.W, p.bias)
-        return torch.stack([y, *(y + delta for delta in added)])
-    mixed = p.x[0] + sum((p.mix[:, k, None] * (p.x[k + 1] - p.x[0])).to(p.x.dtype) for k in range(num_slots))
+        return torch.stack([*([] if p.normalised else [y]), *(y + delta for delta in added)])
+    others = range(1 if p.normalised else 0, num_slots)
+    mixed = p.x[0] + sum((p.shares()[:, k, None] * (p.x[-num_slots:][k] - p.x[0])).to(p.x.dtype) for k in others)
     return F.linear(mixed, p.W, p.bias) + sum(added)

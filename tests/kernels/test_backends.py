@@ -24,12 +24,13 @@ def run(name: str, p: Problem, form: Form) -> Tensor:
         return backend.linear(p.x, base, p.columns(), p.routing())
     if form == "widen":
         return backend.widen(p.x, base, p.columns(), p.routing())
-    return backend.narrow(p.x, base, p.columns(), p.routing(), p.mix)
+    return backend.narrow(p.x, base, p.columns(), p.routing(), p.shares())
 
 
 def results(y: Tensor, p: Problem, form: Form) -> dict[str, Tensor]:
-    """The output and the gradients of the leaves that the form reads."""
-    leaves = [name for name in p.LEAVES if name != "mix" or form == "narrow"]
+    """The output and the gradients of the leaves that the form reads; a single share of 1 is nothing to read."""
+    mixes = form == "narrow" and not (p.normalised and p.mix.shape[1] == 1)
+    leaves = [name for name in p.LEAVES if name != "mix" or mixes]
     grads = torch.autograd.grad(y, [getattr(p, name) for name in leaves], p.grad, materialize_grads=True)
     return {"y": y.detach(), **dict(zip([f"d{name}" for name in leaves], grads, strict=True))}
 
