@@ -19,6 +19,7 @@ except ImportError as error:
 from molex.kernels.triton.ops import (
     DTYPES,
     expand_add,
+    expand_add_tiles,
     gate_backward,
     route_shrink,
     self_gated_shrink,
@@ -26,14 +27,18 @@ from molex.kernels.triton.ops import (
     shrink_gate,
     skinny_wgrad,
 )
+from molex.kernels.triton.token_tiles import TokenTiles, tile_tokens
 
 __all__ = [
     "DTYPES",
+    "TokenTiles",
     "expand_add",
+    "expand_add_tiles",
     "gate_backward",
     "route_shrink",
     "self_gated_shrink",
     "shrink_extend",
     "shrink_gate",
     "skinny_wgrad",
+    "tile_tokens",
 ]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from molex.kernels.triton.choose import Routed, launch_route_gate, launch_self_gate
-from molex.kernels.triton.expand import launch_expand
+from molex.kernels.triton.expand import launch_expand, launch_expand_tiles
 from molex.kernels.triton.gate_backward import launch_gate_backward
 from molex.kernels.triton.route import launch_route_planes
 from molex.kernels.triton.shrink import launch_shrink, launch_shrink_planes
+from molex.kernels.triton.token_tiles import TokenTiles
 from molex.kernels.triton.wgrad import launch_wgrad
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -121,6 +122,17 @@ def _expand_add(y: Tensor, gated: Tensor, B: Tensor) -> None:
 def expand_add(y: Tensor, gated: Tensor, B: Tensor) -> Tensor:
     """y (T, O) += gated (T, C) · B (O, C)ᵀ in place, summed in float32; returns y. Has no gradient of its own."""
     _expand_add(y, gated, B)
+    return y
+
+
+@torch.library.custom_op("molex::expand_add_tiles_", mutates_args=("y",))
+def _expand_add_tiles(y: Tensor, gated: Tensor, B: Tensor, order: Tensor, blocks: Tensor, counts: Tensor) -> None:
+    launch_expand_tiles(y, gated, B, TokenTiles(order, blocks, counts))
+
+
+def expand_add_tiles(y: Tensor, gated: Tensor, B: Tensor, tiles: TokenTiles) -> Tensor:
+    """`expand_add` that skips what a tile of like tokens does not need: gated must be zero there."""
+    _expand_add_tiles(y, gated, B, *tiles)
     return y
 
 

@@ -12,12 +12,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from molex.kernels.triton import (
     expand_add,
+    expand_add_tiles,
     gate_backward,
     route_shrink,
     self_gated_shrink,
     shrink_extend,
     shrink_gate,
     skinny_wgrad,
+    tile_tokens,
 )
 from tests.kernels.triton.ahead import Launch, launches
 
@@ -40,6 +42,7 @@ def every_operator(num_tokens: int, num_experts: int, rank: int, dtype: torch.dt
     gates, narrow = torch.zeros(num_tokens, num_experts), torch.zeros(num_tokens, num_columns, dtype=dtype)
     expert_of_column = torch.arange(num_columns) // rank
     router, scale, bias = torch.zeros(num_experts, width), torch.ones(num_experts), torch.zeros(num_columns)
+    tiles = tile_tokens(torch.arange(num_tokens)[:, None] % num_experts, expert_of_column, num_experts)
     return {
         "shrink": lambda: shrink_gate(x, A, gates, expert_of_column),
         "shared A": lambda: shrink_gate(x, A[:rank], gates, expert_of_column, torch.arange(num_columns) % rank),
@@ -47,6 +50,7 @@ def every_operator(num_tokens: int, num_experts: int, rank: int, dtype: torch.dt
         "gate_backward": lambda: gate_backward(narrow, narrow, gates, expert_of_column),
         "wgrad": lambda: skinny_wgrad(narrow, x),
         "expand": lambda: expand_add(y, narrow, B),
+        "expand tiles": lambda: expand_add_tiles(y, narrow, B, tiles),
         "route": lambda: route_shrink(x, A, router, scale, expert_of_column, top_k=2),
         "self": lambda: self_gated_shrink(x, A, bias, bias, 2, False),
     }
@@ -74,7 +78,7 @@ def test_it_fits(capability: int, shape: tuple[torch.dtype, int, int, int]) -> N
             check(launch, capability, dtype)
 
 
-@pytest.mark.parametrize("name", ["shrink", "extend", "wgrad", "expand"])
+@pytest.mark.parametrize("name", ["shrink", "extend", "wgrad", "expand", "expand tiles"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_training_uses_hoppers_warp_groups(dtype: torch.dtype, name: str) -> None:
     with launches(90) as launched:

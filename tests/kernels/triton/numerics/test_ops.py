@@ -15,6 +15,7 @@ from molex.kernels.triton import (
     shrink_extend,
     shrink_gate,
     skinny_wgrad,
+    tile_tokens,
 )
 from tests.kernels.triton.problems import CASES, Case, Problem, make
 
@@ -23,12 +24,14 @@ SHARED = next(case for case in CASES if case.share_A)
 
 def calls(p: Problem) -> dict[str, tuple[Callable, tuple]]:
     x, A, gates, hidden = p.x.detach(), p.A.detach(), p.gates.detach(), torch.randn_like(p.grad)
+    tiles = tile_tokens(p.expert_ids, p.expert_of_column, p.gates.shape[1])
     return {
         "shrink_gate": (shrink_gate, (p.x, p.A, p.gates, p.expert_of_column, p.row_of_column)),
         "shrink_extend": (shrink_extend, (x, A, gates, p.expert_of_column, p.row_of_column, 64)),
         "gate_backward": (gate_backward, (p.grad, hidden, gates, p.expert_of_column)),
         "skinny_wgrad": (skinny_wgrad, (p.grad, x)),
         "expand_add": (ops._expand_add, (p.y, p.grad, p.B)),
+        "expand_add_tiles": (ops._expand_add_tiles, (p.y, p.grad, p.B, *tiles)),
         "route_shrink": (
             ops._route_shrink,
             (x, A, torch.randn(5, 24), torch.ones(5), p.expert_of_column, p.row_of_column, 2, True),
