@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex.kernels.triton.tiles import block
+from molex.kernels.triton.tiles import block, must_widen, rounded
 
 SCORES = 256  # most that a program chooses among, or gates
 
@@ -72,6 +72,7 @@ def route_gate_kernel(
     C: tl.tensor,
     E: tl.tensor,
     num_planes: tl.tensor,
+    UP: tl.constexpr,
     TOP_K: tl.constexpr,
     RENORMALISE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -92,8 +93,8 @@ def route_gate_kernel(
     expert = tl.load(expert_ptr + c, c < C, other=0).to(tl.int32)
     gates = tl.gather(weights, tl.broadcast_to(expert, (BLOCK_T, BLOCK_C)), axis=1) * tl.load(scale_ptr + expert)
     hidden = added_planes(planes_ptr, t, c, c_mask, T, C + E, num_planes)
-    tl.store(hidden_ptr + t * C + c, hidden, c_mask)
-    tl.store(gated_ptr + t * C + c, hidden * gates, c_mask)
+    tl.store(hidden_ptr + t * C + c, rounded(hidden, UP), c_mask)
+    tl.store(gated_ptr + t * C + c, rounded(hidden * gates, UP), c_mask)
 
 
 @triton.jit
@@ -107,6 +108,7 @@ def self_gate_kernel(
     T: tl.tensor,
     C: tl.tensor,
     num_planes: tl.tensor,
+    UP: tl.constexpr,
     TOP_K: tl.constexpr,
     SIGNED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -117,13 +119,15 @@ def self_gate_kernel(
     c = tl.arange(0, BLOCK_C)[None, :]
     mask = (t < T) & (c < C)
     hidden = added_planes(planes_ptr, t, c, mask, T, C, num_planes)
-    rounded = hidden.to(hidden_ptr.dtype.element_ty)  # what a router outside would read, so that both choose alike
-    scores = rounded.to(tl.float32) + tl.load(bias_ptr + c, c < C, other=0.0)
+    stored = rounded(hidden, UP).to(
+        hidden_ptr.dtype.element_ty
+    )  # what a router outside would read, so that both choose alike
+    scores = stored.to(tl.float32) + tl.load(bias_ptr + c, c < C, other=0.0)
     scores = tl.where(c < C, scores if SIGNED else tl.abs(scores), float("-inf"))
     chosen = top_k(scores, c, ids_ptr + t * TOP_K, t < T, TOP_K, BLOCK_C)
     scale = tl.load(scale_ptr + c, c < C, other=0.0)
-    tl.store(hidden_ptr + t * C + c, rounded, mask)
-    tl.store(gated_ptr + t * C + c, tl.where(chosen, hidden * scale, 0.0), mask)
+    tl.store(hidden_ptr + t * C + c, stored, mask)
+    tl.store(gated_ptr + t * C + c, rounded(tl.where(chosen, hidden * scale, 0.0), UP), mask)
 
 
 class Routed(NamedTuple):
@@ -161,6 +165,7 @@ def launch_route_gate(
     if num_tokens:
         route_gate_kernel[(triton.cdiv(num_tokens, BLOCK_T),)](
             *(planes, scale, expert_of_column, *routed, num_tokens, num_columns, num_experts, num_planes),
+            UP=must_widen(dtype),
             TOP_K=num_chosen,
             RENORMALISE=renormalise,
             BLOCK_T=BLOCK_T,
@@ -181,6 +186,7 @@ def launch_self_gate(
     if num_tokens:
         self_gate_kernel[(triton.cdiv(num_tokens, choose_rows(BLOCK_C)),)](
             *(planes, bias, scale, hidden, gated, ids, num_tokens, num_columns, num_planes),
+            UP=must_widen(dtype),
             TOP_K=num_chosen,
             SIGNED=signed,
             BLOCK_T=choose_rows(BLOCK_C),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex.kernels.triton.tiles import block, block_depth, must_widen, row_major, widened
+from molex.kernels.triton.tiles import block, block_depth, must_widen, rounded, row_major, widened
 from molex.kernels.triton.token_tiles import COLUMNS, ROWS, TokenTiles
 
 
@@ -46,7 +46,7 @@ def expand_kernel(
         gated = tl.load(gated_ptr + t * stride_gated + c[None, :], (t < T) & (c[None, :] < C), other=0.0)
         B = tl.load(B_ptr + o.to(tl.int64) * stride_B + c[:, None], (o < O) & (c[:, None] < C), other=0.0)
         acc = tl.dot(widened(gated, UP), widened(B, UP), acc, input_precision="ieee")
-    tl.store(y_ptrs, acc + y.to(tl.float32), mask)
+    tl.store(y_ptrs, rounded(acc + y.to(tl.float32), UP), mask)
 
 
 def expand_tile(num_tokens: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -108,7 +108,7 @@ def expand_tiles_kernel(
         gated = tl.load(gated_ptr + t * stride_gated + c[None, :], t_mask & (c[None, :] < C), other=0.0)
         B = tl.load(B_ptr + o.to(tl.int64) * stride_B + c[:, None], (o < O) & (c[:, None] < C), other=0.0)
         acc = tl.dot(widened(gated, UP), widened(B, UP), acc, input_precision="ieee")
-    tl.store(y_ptrs, acc + y.to(tl.float32), mask)
+    tl.store(y_ptrs, rounded(acc + y.to(tl.float32), UP), mask)
 
 
 def launch_expand_tiles(y: Tensor, gated: Tensor, B: Tensor, tiles: TokenTiles) -> None:

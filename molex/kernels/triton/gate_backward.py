@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex.kernels.triton.tiles import block, row_major
+from molex.kernels.triton.tiles import block, must_widen, rounded, row_major
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def gate_backward_kernel(
     stride_grad: tl.tensor,
     stride_hidden: tl.tensor,
     stride_gates: tl.tensor,
+    UP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -49,7 +50,7 @@ def gate_backward_kernel(
         acc = tl.dot(grad * hidden, owns, acc, input_precision="ieee")
         if tl.program_id(1) == 0:
             gates = tl.load(gates_ptr + t * stride_gates + expert[None, :], mask, other=0.0).to(tl.float32)
-            tl.store(grad_hidden_ptr + t * C + c[None, :], gates * grad, mask)
+            tl.store(grad_hidden_ptr + t * C + c[None, :], rounded(gates * grad, UP), mask)
     tl.store(grad_gates_ptr + t * E + e, acc, (t < T) & (e < E))
 
 
@@ -67,6 +68,7 @@ def launch_gate_backward(
     gate_backward_kernel[(triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(num_experts, BLOCK_E))](
         *(grad_gated, hidden, gates, expert_of_column, grad_hidden, grad_gates),
         *(num_tokens, num_columns, num_experts, grad_gated.stride(0), hidden.stride(0), gates.stride(0)),
+        UP=must_widen(hidden.dtype),
         BLOCK_T=BLOCK_T,
         BLOCK_C=block(num_columns, 64),
         BLOCK_E=BLOCK_E,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex.kernels.triton.tiles import block, block_depth, must_widen, row_major, split, widened
+from molex.kernels.triton.tiles import block, block_depth, must_widen, rounded, row_major, split, widened
 
 
 @triton.jit
@@ -66,8 +66,8 @@ def shrink_kernel(
     else:
         expert = tl.load(expert_ptr + c, c < C, other=0)
         gates = tl.load(gates_ptr + t * stride_gates + expert[None, :], mask, other=0.0)
-        tl.store(hidden_ptr + t * C + c[None, :], acc, mask)
-        tl.store(gated_ptr + t * stride_gated + c[None, :], acc * gates, mask)
+        tl.store(hidden_ptr + t * C + c[None, :], rounded(acc, UP), mask)
+        tl.store(gated_ptr + t * stride_gated + c[None, :], rounded(acc * gates, UP), mask)
 
 
 @triton.jit
@@ -82,6 +82,7 @@ def gate_planes_kernel(
     num_planes: tl.tensor,
     stride_gates: tl.tensor,
     stride_gated: tl.tensor,
+    UP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -94,8 +95,8 @@ def gate_planes_kernel(
         acc += tl.load(planes_ptr + (plane * T + t) * C + c, mask, other=0.0)
     expert = tl.load(expert_ptr + c, c < C, other=0)
     gates = tl.load(gates_ptr + t * stride_gates + expert, mask, other=0.0)
-    tl.store(hidden_ptr + t * C + c, acc, mask)
-    tl.store(gated_ptr + t * stride_gated + c, acc * gates, mask)
+    tl.store(hidden_ptr + t * C + c, rounded(acc, UP), mask)
+    tl.store(gated_ptr + t * stride_gated + c, rounded(acc * gates, UP), mask)
 
 
 def shrink_tile(num_tokens: int, num_columns: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -183,6 +184,7 @@ def gate_planes(planes: Tensor, gates: Tensor, expert_of_column: Tensor, hidden:
     gate_planes_kernel[(triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(num_columns, BLOCK_C))](
         *(planes, gates, expert_of_column, hidden, gated, num_tokens, num_columns, num_planes),
         *(gates.stride(0), gated.stride(0)),
+        UP=must_widen(hidden.dtype),
         BLOCK_T=BLOCK_T,
         BLOCK_C=BLOCK_C,
     )

@@ -21,8 +21,17 @@ def widened(tile: tl.tensor, UP: tl.constexpr) -> tl.tensor:
     return tile.to(tl.float32) if UP else tile
 
 
+@triton.jit
+def rounded(tile: tl.tensor, UP: tl.constexpr) -> tl.tensor:
+    """A float32 result on its way to bfloat16: a GPU rounds to the nearest, the interpreter cuts off."""
+    if UP:
+        bits = tile.to(tl.int32, bitcast=True)
+        tile = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return tile
+
+
 def must_widen(dtype: torch.dtype) -> bool:
-    """The UP of kernels that read this dtype."""
+    """The UP of kernels that read and write this dtype."""
     return INTERPRETED and dtype == torch.bfloat16
 
 

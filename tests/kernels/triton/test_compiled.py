@@ -21,6 +21,8 @@ from molex.kernels.triton import (
     skinny_wgrad,
     tile_tokens,
 )
+from molex.kernels.triton.grouped_ops import grouped_expand_add, grouped_shrink, grouped_wgrad
+from molex.kernels.triton.pair_tiles import tile_pairs
 from tests.kernels.triton.ahead import Launch, launches
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have
@@ -42,7 +44,9 @@ def every_operator(num_tokens: int, num_experts: int, rank: int, dtype: torch.dt
     gates, narrow = torch.zeros(num_tokens, num_experts), torch.zeros(num_tokens, num_columns, dtype=dtype)
     expert_of_column = torch.arange(num_columns) // rank
     router, scale, bias = torch.zeros(num_experts, width), torch.ones(num_experts), torch.zeros(num_columns)
-    tiles = tile_tokens(torch.arange(num_tokens)[:, None] % num_experts, expert_of_column, num_experts)
+    ids = torch.arange(num_tokens)[:, None] % num_experts
+    tiles, pairs = (plan(ids, expert_of_column, num_experts) for plan in (tile_tokens, tile_pairs))
+    weights, wide = torch.ones(num_tokens, 1), torch.zeros(1, num_tokens, rank, dtype=dtype)
     return {
         "shrink": lambda: shrink_gate(x, A, gates, expert_of_column),
         "shared A": lambda: shrink_gate(x, A[:rank], gates, expert_of_column, torch.arange(num_columns) % rank),
@@ -51,6 +55,11 @@ def every_operator(num_tokens: int, num_experts: int, rank: int, dtype: torch.dt
         "wgrad": lambda: skinny_wgrad(narrow, x),
         "expand": lambda: expand_add(y, narrow, B),
         "expand tiles": lambda: expand_add_tiles(y, narrow, B, tiles),
+        "grouped shrink": lambda: grouped_shrink(x, A, weights, pairs, rank),
+        "grouped shrink of dy": lambda: grouped_shrink(y, B.T, weights, pairs, rank),
+        "grouped expand": lambda: grouped_expand_add(y, wide, B, pairs),
+        "grouped expand of dh": lambda: grouped_expand_add(x, wide, A.T, pairs),
+        "grouped wgrad": lambda: grouped_wgrad(wide, x, pairs, num_columns),
         "route": lambda: route_shrink(x, A, router, scale, expert_of_column, top_k=2),
         "self": lambda: self_gated_shrink(x, A, bias, bias, 2, False),
     }

@@ -78,3 +78,13 @@ def test_the_cases_reach_the_split() -> None:
     BLOCK_T, BLOCK_C = shrink_tile(deep.num_tokens, sum(deep.ranks), torch.float32)
     num_tiles = -(-deep.num_tokens // BLOCK_T) * -(-sum(deep.ranks) // BLOCK_C)
     assert split(deep.num_in, num_tiles, DEVICE, at_least=256) == (2, 512)
+
+
+def test_bfloat16_is_rounded_to_the_nearest() -> None:
+    """As on a GPU, and not cut off, as the interpreter's own conversion does: sums of kernels would drift."""
+    x, A = torch.randn(2000, 1, device=DEVICE).bfloat16(), torch.randn(1, 1, device=DEVICE).bfloat16()
+    gates, expert_of_column = torch.rand(2000, 1, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    exact = x.float() * A.float()
+    hidden, gated = shrink_gate(x, A, gates, expert_of_column)
+    assert torch.equal(hidden, exact.bfloat16())
+    assert torch.equal(gated, (exact * gates).bfloat16())
