@@ -62,6 +62,19 @@ def test_every_token_of_a_numbered_prompt_has_its_questions_task() -> None:
     assert tasks == [-1, *[7] * len("1. upper: ab\n"), *[3] * len("2. ends: xyz\n"), *[7] * len("= 1. AB\n"), *[3] * 6]
 
 
+def test_the_published_table_is_that_of_its_cells() -> None:
+    folder = Path("docs/composing")
+    found: dict[str, dict[int, dict[str, float]]] = {row: {} for row in recipe.ROWS}
+    for path in (folder / "cells").iterdir():
+        record = json.loads(path.read_text())
+        found[record["row"]][record["seed"]] = record["scores"]
+    assert all(seeds.keys() == {0, 1, 2} for seeds in found.values())
+    names = recipe.Arguments().skills.split(",")
+    table = recipe.table({row: [seeds[seed] for seed in range(3)] for row, seeds in found.items()}, names)
+    assert (folder / "table.md").read_text() == f"{table}\n"
+    assert table in Path("docs/adapters.md").read_text()
+
+
 def test_unknown_rows_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no row 'metorea'"):
         run(monkeypatch, f"{SMALL} --out {tmp_path} --rows metorea")
