@@ -17,7 +17,6 @@ except ImportError as error:
     raise BackendError("the Triton kernels need the package triton: pip install 'molex[kernels]'") from error
 
 from molex.kernels.triton.ops import (
-    DTYPES,
     expand_add,
     expand_add_tiles,
     gate_backward,
@@ -27,6 +26,7 @@ from molex.kernels.triton.ops import (
     shrink_gate,
     skinny_wgrad,
 )
+from molex.kernels.triton.tiles import DTYPES
 from molex.kernels.triton.token_tiles import TokenTiles, tile_tokens
 
 __all__ = [

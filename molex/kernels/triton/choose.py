@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex.kernels.triton.tiles import block, must_widen, rounded
+from molex.kernels.triton.tiles import block, must_widen, on_its_device, rounded
 
 SCORES = 256  # most that a program chooses among, or gates
 
@@ -145,6 +145,7 @@ def choose_rows(size: int) -> int:
     return max(1, 1024 // size)
 
 
+@on_its_device
 def launch_route_gate(
     planes: Tensor,
     scale: Tensor,
@@ -175,6 +176,7 @@ def launch_route_gate(
     return routed
 
 
+@on_its_device
 def launch_self_gate(
     planes: Tensor, bias: Tensor, scale: Tensor, dtype: torch.dtype, num_chosen: int, signed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex.kernels.triton.tiles import block, block_depth, must_widen, rounded, row_major, widened
+from molex.kernels.triton.tiles import (
+    block,
+    block_depth,
+    check_dtypes,
+    must_widen,
+    on_its_device,
+    rounded,
+    row_major,
+    widened,
+)
 from molex.kernels.triton.token_tiles import COLUMNS, ROWS, TokenTiles
 
 
@@ -54,9 +63,11 @@ def expand_tile(num_tokens: int, width: int, dtype: torch.dtype) -> tuple[int, i
     return block(num_tokens, 64 if dtype == torch.float32 else 128), block(width, 128)
 
 
+@on_its_device
 def launch_expand(y: Tensor, gated: Tensor, B: Tensor) -> None:
     """y (T, O) += gated (T, C) · B (O, C)ᵀ, in place."""
     assert y.stride(1) == 1 or y.numel() == 0, "y is changed in place, and its rows must be contiguous"
+    check_dtypes(y, gated, B)
     gated, B = row_major(gated), row_major(B)
     (num_tokens, width), num_columns = y.shape, gated.shape[1]
     if y.numel() == 0 or num_columns == 0:
@@ -111,9 +122,11 @@ def expand_tiles_kernel(
     tl.store(y_ptrs, rounded(acc + y.to(tl.float32), UP), mask)
 
 
+@on_its_device
 def launch_expand_tiles(y: Tensor, gated: Tensor, B: Tensor, tiles: TokenTiles) -> None:
     """y += gated · Bᵀ in place, for gated that is zero outside of its tokens' experts."""
     assert y.stride(1) == 1 or y.numel() == 0, "y is changed in place, and its rows must be contiguous"
+    check_dtypes(y, gated, B)
     gated, B = row_major(gated), row_major(B)
     (num_tokens, width), (num_tiles, num_blocks) = y.shape, tiles.blocks.shape
     if y.numel() == 0 or num_blocks == 0:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex.kernels.triton.tiles import block, must_widen, rounded, row_major
+from molex.kernels.triton.tiles import block, must_widen, on_its_device, rounded, row_major
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def gate_backward_kernel(
     tl.store(grad_gates_ptr + t * E + e, acc, (t < T) & (e < E))
 
 
+@on_its_device
 def launch_gate_backward(
     grad_gated: Tensor, hidden: Tensor, gates: Tensor, expert_of_column: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -64,13 +65,13 @@ def launch_gate_backward(
     grad_gates = torch.empty(num_tokens, num_experts, dtype=gates.dtype, device=gates.device)
     if num_tokens == 0 or num_experts == 0:
         return grad_hidden, grad_gates
-    BLOCK_T, BLOCK_E = block(num_tokens, 32), block(num_experts, 64)
+    BLOCK_T, BLOCK_E = block(num_tokens, 32), block(num_experts, 32)
     gate_backward_kernel[(triton.cdiv(num_tokens, BLOCK_T), triton.cdiv(num_experts, BLOCK_E))](
         *(grad_gated, hidden, gates, expert_of_column, grad_hidden, grad_gates),
         *(num_tokens, num_columns, num_experts, grad_gated.stride(0), hidden.stride(0), gates.stride(0)),
         UP=must_widen(hidden.dtype),
         BLOCK_T=BLOCK_T,
-        BLOCK_C=block(num_columns, 64),
+        BLOCK_C=block(num_columns, 32),
         BLOCK_E=BLOCK_E,
     )
     return grad_hidden, grad_gates

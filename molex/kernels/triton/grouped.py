@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from molex.kernels.triton.pair_tiles import ROWS, PairTiles
-from molex.kernels.triton.tiles import block, block_depth, must_widen, rounded, row_major, widened
+from molex.kernels.triton.tiles import (
+    block,
+    block_depth,
+    check_dtypes,
+    must_widen,
+    on_its_device,
+    rounded,
+    row_major,
+    widened,
+)
 
 
 @triton.jit
@@ -156,10 +165,12 @@ def grouped_wgrad_kernel(
     tl.store(out_ptr + c * N + n[:, None], acc, (c < tl.load(start_ptr + expert + 1)) & (n[:, None] < N))
 
 
+@on_its_device
 def launch_grouped_shrink(
     x: Tensor, A: Tensor, weights: Tensor, row_of_column: Tensor | None, pairs: PairTiles, rank: int
 ) -> tuple[Tensor, Tensor]:
     """x (T, D), A (C, D) of any strides, weights (T, K) float32 -> hidden and gated (K, T, R)."""
+    check_dtypes(x, A)
     x, weights_KT = row_major(x), weights.T.contiguous()
     (num_slots, num_tokens), num_tiles = pairs.order.shape, pairs.expert.shape[1]
     hidden = torch.zeros(num_slots, num_tokens, rank, dtype=x.dtype, device=x.device)
@@ -181,9 +192,11 @@ def launch_grouped_shrink(
     return hidden, gated
 
 
+@on_its_device
 def launch_grouped_expand(y: Tensor, gated: Tensor, B: Tensor, row_of_column: Tensor | None, pairs: PairTiles) -> None:
     """y (T, O) += gated (K, T, R) · Bᵀ in place, B (O, C) of any strides, its column row_of_column[c] where given."""
     assert y.stride(1) == 1 or y.numel() == 0, "y is changed in place, and its rows must be contiguous"
+    check_dtypes(y, gated, B)
     gated, width, rank = gated.contiguous(), y.shape[1], gated.shape[2]
     if gated.numel() == 0 or y.numel() == 0:
         return
@@ -203,8 +216,10 @@ def launch_grouped_expand(y: Tensor, gated: Tensor, B: Tensor, row_of_column: Te
         )
 
 
+@on_its_device
 def launch_grouped_wgrad(left: Tensor, right: Tensor, pairs: PairTiles, num_columns: int) -> Tensor:
     """left (K, T, R), right (T, N) -> (C, N) float32."""
+    check_dtypes(left, right)
     left, right = left.contiguous(), row_major(right)
     (num_slots, num_tokens, rank), width = left.shape, right.shape[1]
     num_experts = pairs.ends.shape[1]

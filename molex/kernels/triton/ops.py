@@ -1,4 +1,5 @@
-"""The kernels as torch operators, so that torch.compile keeps them in one graph and CUDA graphs capture them.
+"""The kernels as torch operators, so that torch.compile keeps them in one graph and CUDA graphs capture them (after one
+call: the first compiles).
 
 Each has a fake form (shapes alone, for tracing), and `shrink_gate` its gradients. None waits for the device, none has a
 shape that depends on the routing. They are `custom_op`s, closed to the compiler: what `triton_op` would open to it has
@@ -18,8 +19,6 @@ from molex.kernels.triton.shrink import launch_shrink, launch_shrink_planes
 from molex.kernels.triton.token_tiles import TokenTiles
 from molex.kernels.triton.wgrad import launch_wgrad
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @torch.library.custom_op("molex::shrink_gate", mutates_args=())
 def shrink_gate(
@@ -27,7 +26,7 @@ def shrink_gate(
 ) -> tuple[Tensor, Tensor]:
     """hidden and gated (T, C) in x's dtype: A x for every column, and the same times the gate of its expert.
 
-    x (T, D) and A (C, D), or fewer rows where columns share them, of one dtype; gates (T, E) float32, scale included.
+    x (T, D) and A (C, D), or fewer rows where columns share them, of one of DTYPES; gates (T, E) float32 with the scale.
     """
     gated = torch.empty(x.shape[0], expert_of_column.shape[0], dtype=x.dtype, device=x.device)
     return launch_shrink(x, A, gates, expert_of_column, row_of_column, gated), gated

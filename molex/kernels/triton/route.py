@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex.kernels.triton.tiles import block, must_widen, row_major, split, widened
+from molex.kernels.triton.tiles import block, check_dtypes, must_widen, on_its_device, row_major, split, widened
 
 COLUMNS, EXPERTS = 128, 128
 
@@ -66,8 +66,10 @@ def route_tile(num_tokens: int, num_columns: int, num_experts: int) -> tuple[int
     return block(num_tokens, 32), block(num_columns, COLUMNS), block(num_experts, EXPERTS)
 
 
+@on_its_device
 def launch_route_planes(x: Tensor, A: Tensor, router: Tensor, num_columns: int, row_of_column: Tensor | None) -> Tensor:
     """A x and W x as float32 planes (splits, T, C + E). router (E, D) is float32."""
+    check_dtypes(x, A)
     x, A, router = row_major(x), row_major(A), row_major(router)
     (num_tokens, depth_all), num_experts = x.shape, router.shape[0]
     assert num_columns <= COLUMNS, f"{num_columns} columns, at most {COLUMNS}"

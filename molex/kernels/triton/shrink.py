@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex.kernels.triton.tiles import block, block_depth, must_widen, rounded, row_major, split, widened
+from molex.kernels.triton.tiles import (
+    block,
+    block_depth,
+    check_dtypes,
+    must_widen,
+    on_its_device,
+    rounded,
+    row_major,
+    split,
+    widened,
+)
 
 
 @triton.jit
@@ -112,6 +122,7 @@ def shrink_splits(x: Tensor, num_columns: int) -> tuple[int, int]:
     return split(x.shape[1], num_tiles, x.device, at_least=256)
 
 
+@on_its_device
 def launch_shrink(
     x: Tensor,
     A: Tensor,
@@ -137,6 +148,7 @@ def launch_shrink(
     return hidden
 
 
+@on_its_device
 def launch_shrink_planes(x: Tensor, A: Tensor) -> Tensor:
     """A x as float32 planes (splits, T, C), not yet added and not gated."""
     num_splits, depth = shrink_splits(x, A.shape[0])
@@ -158,6 +170,7 @@ def _launch(
     depth: int,
 ) -> None:
     """out: hidden (T, C), or the planes (splits, T, C), for which the kernel reads no gates and writes no gated."""
+    check_dtypes(x, A)
     x, A = row_major(x), row_major(A)
     (num_tokens, depth_all), num_columns = x.shape, out.shape[-1]
     BLOCK_T, BLOCK_C = shrink_tile(num_tokens, num_columns, x.dtype)

@@ -4,15 +4,23 @@ Sizes are functions of the shapes and of nothing else. An autotuner would time c
 CUDA graph cannot capture, and could change the order of summation from one run to the next.
 """
 
+import functools
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what is multiplied; gates and sums are float32
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRETED_PROCESSORS = 8  # splits happen at toy sizes too, and so are tested
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 @triton.jit
@@ -33,6 +41,24 @@ def rounded(tile: tl.tensor, UP: tl.constexpr) -> tl.tensor:
 def must_widen(dtype: torch.dtype) -> bool:
     """The UP of kernels that read and write this dtype."""
     return INTERPRETED and dtype == torch.bfloat16
+
+
+def on_its_device(launch: Callable[P, Result]) -> Callable[P, Result]:
+    """Launches where the first tensor is: Triton takes the current device, which a model over several GPUs never sets."""
+
+    @functools.wraps(launch)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> Result:
+        with torch.cuda.device_of(args[0]):
+            return launch(*args, **kwargs)
+
+    return guarded
+
+
+def check_dtypes(*factors: Tensor) -> None:
+    """What is multiplied has one dtype, that a kernel exists for: nothing is converted on the way."""
+    dtypes = {factor.dtype for factor in factors}
+    assert len(dtypes) == 1, f"factors of one product have different dtypes: {dtypes}"
+    assert dtypes <= set(DTYPES), f"the Triton kernels multiply {DTYPES}, not {dtypes}"
 
 
 def row_major(tensor: Tensor) -> Tensor:

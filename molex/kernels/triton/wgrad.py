@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molex.kernels.triton.tiles import block, block_depth, must_widen, row_major, split, widened
+from molex.kernels.triton.tiles import (
+    block,
+    block_depth,
+    check_dtypes,
+    must_widen,
+    on_its_device,
+    row_major,
+    split,
+    widened,
+)
 
 
 @triton.jit
@@ -50,8 +59,10 @@ def wgrad_tile(num_columns: int, width: int) -> tuple[int, int]:
     return block(num_columns, 128), block(width, 64)
 
 
+@on_its_device
 def launch_wgrad(left: Tensor, right: Tensor) -> Tensor:
     """(T, C), (T, N) -> (C, N) float32."""
+    check_dtypes(left, right)
     left, right = row_major(left), row_major(right)
     (num_tokens, num_columns), width = left.shape, right.shape[1]
     BLOCK_C, BLOCK_N = wgrad_tile(num_columns, width)

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,13 +28,14 @@ from tests.kernels.triton.ahead import Launch, launches
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have
 IN_FLOAT32 = ("gate_backward_kernel", "gate_planes_kernel", "route_gate_kernel", "self_gate_kernel")
-SHAPES = [  # tokens (decoding, a few, training), experts, their rank
-    (torch.bfloat16, 1, 8, 16),
-    (torch.bfloat16, 48, 3, 5),
-    (torch.bfloat16, 8192, 8, 16),
-    (torch.bfloat16, 8192, 64, 1),
-    (torch.float32, 1, 64, 1),
-    (torch.float32, 8192, 8, 16),
+SHAPES = [  # capability, dtype, tokens (decoding, a few, training), experts, their rank
+    (90, torch.bfloat16, 1, 8, 16),
+    (90, torch.bfloat16, 8192, 8, 16),
+    (90, torch.bfloat16, 8192, 64, 1),
+    (90, torch.float32, 8192, 8, 16),
+    (80, torch.bfloat16, 48, 3, 5),
+    (80, torch.bfloat16, 8192, 64, 1),
+    (80, torch.float32, 1, 8, 16),
 ]
 
 
@@ -76,9 +78,8 @@ def check(launch: Launch, capability: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
-def test_it_fits(capability: int, shape: tuple[torch.dtype, int, int, int]) -> None:
-    dtype, *sizes = shape
+def test_it_fits(shape: tuple[int, torch.dtype, int, int, int]) -> None:
+    capability, dtype, *sizes = shape
     for name, call in every_operator(*sizes, dtype).items():
         with launches(capability) as launched:
             call()
@@ -106,3 +107,12 @@ def test_decoding_keeps_processors_busy() -> None:
         every_operator(1, 8, 16, torch.bfloat16)["shrink"]()
     assert [launch.name for launch in launched] == ["shrink_kernel", "gate_planes_kernel"]
     assert launched[0].grid[0] * launched[0].grid[1] >= 100
+
+
+def test_launches_are_on_the_device_of_their_tensors() -> None:
+    """The current device is another one where a model is spread over GPUs."""
+    for name, call in every_operator(16, 8, 16, torch.bfloat16).items():
+        with launches(90) as launched, patch.object(torch.cuda, "device_of", wraps=torch.cuda.device_of) as guard:
+            call()
+        assert launched
+        assert guard.called, f"{name} launches on whatever device is current"

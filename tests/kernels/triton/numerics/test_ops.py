@@ -77,3 +77,12 @@ def test_other_numbers_of_tokens_need_no_other_graph() -> None:
         apart = [t.detach().clone().requires_grad_(t.requires_grad) for t in (p.x, p.A, p.gates, p.B, p.y)]
         compiled(*apart, p.expert_of_column)
     assert counter.frame_count == 1
+
+
+def test_factors_of_different_or_unknown_dtypes_are_refused() -> None:
+    """A kernel would convert or refuse them in its own words, and the interpreter would multiply them."""
+    p = make(CASES[0], torch.float32)
+    with pytest.raises(AssertionError, match="different dtypes"):
+        shrink_gate(p.x.bfloat16(), p.A, p.gates, p.expert_of_column)
+    with pytest.raises(AssertionError, match="float64"):
+        skinny_wgrad(p.x.double(), p.x.double())
