@@ -26,7 +26,7 @@ def shrink_gate(
 ) -> tuple[Tensor, Tensor]:
     """hidden and gated (T, C) in x's dtype: A x for every column, and the same times the gate of its expert.
 
-    x (T, D) and A (C, D), or fewer rows where columns share them, of one of DTYPES; gates (T, E) float32 with the scale.
+    x (T, D) and A (C, D), or fewer rows where columns share them, in one of DTYPES; gates (T, E) float32, scaled.
     """
     gated = torch.empty(x.shape[0], expert_of_column.shape[0], dtype=x.dtype, device=x.device)
     return launch_shrink(x, A, gates, expert_of_column, row_of_column, gated), gated

@@ -44,7 +44,7 @@ def must_widen(dtype: torch.dtype) -> bool:
 
 
 def on_its_device(launch: Callable[P, Result]) -> Callable[P, Result]:
-    """Launches where the first tensor is: Triton takes the current device, which a model over several GPUs never sets."""
+    """Launches where the first tensor is: Triton takes the current device, which models over many GPUs never set."""
 
     @functools.wraps(launch)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> Result:
