@@ -5,10 +5,11 @@
 shared    MixLoRA's code: the base's gate and up once for all tokens; then, expert by expert, act(gate + Δ) * (up + Δ)
           on its tokens and the base's down projection of these: K times over all tokens
 textbook  every chosen expert is a whole block: gate, up and down of its tokens, all K times
-molex     MixtureLinear's widen and narrow: every base projection once
+dense, by_expert    molex's widen and narrow, with these backends: every base projection once
 
 Routing is given, and the same for all. `base` is the frozen block alone. `flops` counts multiplications of the
-products, forward and backward with the gradient of x, over those of molex.
+products, forward and backward with the gradient of x, over those of molex
+that are not zero.
 """
 
 import argparse
@@ -93,8 +94,8 @@ def shared(block: Block, x: Tensor, textbook: bool = False) -> Tensor:
     return y_TD
 
 
-def molex_block(block: Block, x: Tensor) -> Tensor:
-    kernel, shape = backends["dense"](), block.shape
+def molex_block(block: Block, x: Tensor, backend: str) -> Tensor:
+    kernel, shape = backends[backend](), block.shape
     ranks = (shape.rank,) * shape.num_experts
     owners = columns_of(ranks)
     columns = {name: Columns(block.A[name], block.B[name], ranks, owners) for name in block.base}
@@ -109,8 +110,11 @@ METHODS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "base": base_alone,
     "shared": shared,
     "textbook": lambda block, x: shared(block, x, textbook=True),
-    "molex": molex_block,
+    "dense": lambda block, x: molex_block(block, x, "dense"),
+    "by_expert": lambda block, x: molex_block(block, x, "by_expert"),
 }
+
+OURS = ("dense", "by_expert")
 
 
 def step(method: Callable[[Block, Tensor], Tensor], block: Block, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -133,8 +137,9 @@ def check(shape: Shape, x: Tensor, grad: Tensor, dtype: torch.dtype) -> None:
     """Refuses to time a block whose result or gradients are wrong."""
     truth = step(METHODS["textbook"], Block(shape).double(), x.detach().double().requires_grad_(), grad.double())
     plain = step(METHODS["textbook"], Block(shape).to(dtype), x, grad)
-    for what, got in step(METHODS["molex"], Block(shape).to(dtype), x, grad).items():
-        assert_close(what, got, truth[what], plain[what])
+    for name in OURS:
+        for what, got in step(METHODS[name], Block(shape).to(dtype), x, grad).items():
+            assert_close(f"{name} {what}", got, truth[what], plain[what])
 
 
 def main() -> None:
@@ -158,8 +163,10 @@ def main() -> None:
         "shared": round(products(shape, 2 + shape.top_k) / ours, 3),
         "textbook": round(products(shape, 3 * shape.top_k) / ours, 3),
     }
-    row |= {f"{name}_over_molex": ratios(times[name], times["molex"]) for name in ("shared", "textbook")}
-    write("mixture_ffn", {**row, "molex_over_base": ratios(times["molex"], times["base"])})
+    for own in OURS:
+        row |= {f"{name}_over_{own}": ratios(times[name], times[own]) for name in ("shared", "textbook")}
+        row[f"{own}_over_base"] = ratios(times[own], times["base"])
+    write("mixture_ffn", row)
 
 
 if __name__ == "__main__":

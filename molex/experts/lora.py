@@ -83,9 +83,9 @@ class LoRABank(ExpertBank):
         routing = route(hidden_TC)
         if form == "linear":
             weighted = routing.scaled(self.scale)
-            backend = planner.pick(x, columns, weighted)
+            backend = planner.pick(x, columns, weighted, base)
             return backend.linear(x, base, columns, weighted, dropped=dropped, hidden=hidden_TC)
-        backend = planner.pick(x, columns, routing)
+        backend = planner.pick(x, columns, routing, base)
         if form == "widen":
             return backend.widen(x, base, columns, everyone(routing).scaled(self.scale), dropped=dropped)
         return backend.narrow(x, base, columns, routing.scaled(self.scale), routing.weights, dropped=dropped)

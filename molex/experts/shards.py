@@ -113,7 +113,7 @@ class ShardBank(ExpertBank):
         columns = self.columns().to(x.dtype)
         dropped = self.dropout(x) if self.training and self.dropout.p > 0 else None
         routing = route(None).scaled(self.scale)
-        return planner.pick(x, columns, routing).linear(x, base, columns, routing, dropped=dropped)
+        return planner.pick(x, columns, routing, base).linear(x, base, columns, routing, dropped=dropped)
 
     def expert(self, expert_id: int) -> LoRA:
         self.check_id(expert_id)

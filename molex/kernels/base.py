@@ -29,8 +29,8 @@ Form = Literal["linear", "widen", "narrow"]
 class Backend(ABC):
     """Subclasses override `pairs`, and whatever they compute faster than through it."""
 
-    def supports(self, x: Tensor, columns: Columns, routing: Routing) -> str | None:
-        """None, or the reason why this backend cannot run these shapes and dtypes."""
+    def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
+        """None, or the reason why this backend cannot run these shapes and dtypes, or over this base."""
         return None
 
     @abstractmethod

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from molex.kernels.base import Backend, backends
 from molex.kernels.columns import Columns
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 class Grouped(Backend):
     """Sorted pairs through `torch.nn.functional.grouped_mm`."""
 
-    def supports(self, x: Tensor, columns: Columns, routing: Routing) -> str | None:
+    def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
         num_out, num_in = columns.B.shape[0], x.shape[-1]
         per_row = 16 // x.element_size()
         if x.dtype not in DTYPES:

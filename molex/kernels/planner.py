@@ -8,7 +8,7 @@ import logging
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from molex.errors import BackendError
 from molex.kernels.base import Backend, backends
@@ -30,28 +30,28 @@ class Planner:
         self._instances: dict[str, Backend] = {}
         self._told: set[tuple[object, ...]] = set()
 
-    def pick(self, x: Tensor, columns: Columns, routing: Routing) -> Backend:
+    def pick(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> Backend:
         """Raises BackendError when a backend chosen by name cannot run these shapes."""
         if self.choice != "auto":
-            return self._explicit(x, columns, routing)
-        name, reason = self._automatic(x, columns, routing)
+            return self._explicit(x, columns, routing, base)
+        name, reason = self._automatic(x, columns, routing, base)
         if not torch.compiler.is_compiling():
             self._tell(name, reason, x, columns, routing)
         return self._get(name)
 
-    def _explicit(self, x: Tensor, columns: Columns, routing: Routing) -> Backend:
+    def _explicit(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> Backend:
         backend = self._get(self.choice)
-        reason = backend.supports(x, columns, routing)
+        reason = backend.supports(x, columns, routing, base)
         if reason:
             raise BackendError(f"backend {self.choice!r} cannot run this layer: {reason}; use backend='auto'")
         return backend
 
-    def _automatic(self, x: Tensor, columns: Columns, routing: Routing) -> tuple[str, str]:
+    def _automatic(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> tuple[str, str]:
         num_columns, num_slots = len(columns.expert_of_column), routing.expert_ids.shape[1]
         crossover = DENSE_COLUMNS * max(num_slots / 2, 0.5)
         if num_columns <= crossover:
             return "dense", f"C={num_columns} is at most {crossover:.0f}"
-        reason = self._get("grouped").supports(x, columns, routing)
+        reason = self._get("grouped").supports(x, columns, routing, base)
         if reason:
             return "dense", f"grouped is faster at C={num_columns}, but {reason}"
         return "grouped", f"C={num_columns} is above {crossover:.0f} for K={num_slots}"

@@ -1,5 +1,6 @@
 """Layers to try every backend on, and the two yardsticks: the equations token by token, and plain PyTorch."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molex.kernels import Columns, Form, columns_of
+from molex.kernels import Columns, Form, backends, columns_of
 from molex.routing import Routing
 
 
@@ -38,6 +39,9 @@ def _every_third_alone(ids_TK: Tensor) -> Tensor:
     ids_TK[1::3, 0] = -1
     return ids_TK
 
+
+# triton's kernels run in its interpreter, in a process of their own: tests/kernels/triton
+HERE = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [name for name in backends if name != "triton"]
 
 CASES = [
     Case("plain"),

@@ -8,21 +8,23 @@ import torch
 from molex.errors import BackendError, ConfigError
 from molex.kernels import Columns, Planner, backends, columns_of
 from molex.routing import Routing
+from tests.kernels.cases import HERE
 
 
 def shapes(
     ranks: tuple[int, ...], top_k: int, num_in: int = 16, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, Columns, Routing]:
+) -> tuple[torch.Tensor, Columns, Routing, torch.nn.Linear]:
     columns = Columns(torch.zeros(sum(ranks), num_in), torch.zeros(16, sum(ranks)), ranks, columns_of(ranks)).to(dtype)
     ids_TK = torch.zeros(3, top_k, dtype=torch.int64)
-    return torch.zeros(3, num_in, dtype=dtype), columns, Routing(ids_TK, torch.ones(3, top_k), None, len(ranks))
+    base = torch.nn.Linear(num_in, 16, dtype=dtype).requires_grad_(False)
+    return torch.zeros(3, num_in, dtype=dtype), columns, Routing(ids_TK, torch.ones(3, top_k), None, len(ranks)), base
 
 
-def picked(planner: Planner, problem: tuple[torch.Tensor, Columns, Routing]) -> str:
+def picked(planner: Planner, problem: tuple[torch.Tensor, Columns, Routing, torch.nn.Linear]) -> str:
     return backends.name_of(type(planner.pick(*problem)))
 
 
-@pytest.mark.parametrize("name", list(backends))
+@pytest.mark.parametrize("name", HERE)
 def test_an_explicit_choice_is_taken(name: str) -> None:
     assert picked(Planner(name), shapes((8, 8), 1)) == name
 
@@ -32,6 +34,12 @@ def test_an_explicit_choice_that_cannot_run_raises() -> None:
         Planner("grouped").pick(*shapes((8, 8), 1, dtype=torch.float64))
     with pytest.raises(BackendError, match="16 bytes"):
         Planner("grouped").pick(*shapes((8, 8), 1, num_in=15))
+
+
+@pytest.mark.skipif("triton" in HERE, reason="its interpreter is on")
+def test_triton_says_where_it_runs() -> None:
+    with pytest.raises(BackendError, match="run on a GPU, x is on cpu"):
+        Planner("triton").pick(*shapes((8, 8), 1))
 
 
 def test_an_unknown_name_lists_the_known() -> None:

@@ -1,0 +1,182 @@
+"""One accumulator for the base's product and the experts': what is written once is not read, added and written again.
+
+    forward    y = g Bᵀ + bias;   y += x Wᵀ            g = G * h,  h = A x
+    backward   d g = dy B;   d h, d G from it;   d x = d h A;   d x += dy W
+
+The second product of each pair accumulates onto the first (a GEMM with beta = 1), where reading y hides behind the
+product's own work; `dense` adds in a pass of its own. It rounds once less. Saved for the backward are x, h and G, so
+C-wide tensors alone beside what the base saves anyway. At B = 0 the base comes out bit for bit.
+
+It reads the base's weight, so the base must be a plain linear whose weight lies there as numbers. What of it is C-wide
+is `Primitives`: here in plain torch, in `triton_backend` as kernels.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from molex.kernels.base import backends, mix_streams, own_streams
+from molex.kernels.columns import Columns
+from molex.kernels.dense import Dense, gate, slot_gates
+from molex.routing import Routing
+
+
+class Primitives(NamedTuple):
+    """What a layer does that is C wide.
+
+    shrink_gate     x (T, D), A, gates (T, E), expert_of_column, row_of_column -> hidden, gated (T, C), in x's dtype
+    gate_backward   d gated, hidden (T, C), gates, expert_of_column -> d hidden (T, C), d gates (T, E)
+    weight_grad     (T, C), (T, N) -> (C, N): the first transposed times the second
+    """
+
+    shrink_gate: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+    gate_backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    weight_grad: Callable[[Tensor, Tensor], Tensor]
+
+
+@backends.register("preload")
+class Preload(Dense):
+    """Single linears and the narrow end of a block; the widening end is `dense`'s, which accumulates already."""
+
+    def primitives(self) -> Primitives:
+        return Primitives(shrink_gate, gate_backward, weight_grad)
+
+    def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
+        return why_not_plain(base, x)
+
+    def linear(
+        self,
+        x: Tensor,
+        base: nn.Module,
+        columns: Columns,
+        routing: Routing,
+        *,
+        dropped: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        W, bias = weight_of(base)
+        rows_TD = x.reshape(-1, x.shape[-1])
+        if hidden is not None:
+            gated_TC = gate(hidden, routing.gates(), columns).to(x.dtype)
+            return folded(rows_TD, W, bias, gated_TC, columns.B).view(*x.shape[:-1], len(W))
+        source = None if dropped is None else dropped.reshape(rows_TD.shape)
+        owners, rows = columns.expert_of_column, columns.row_of_column
+        factors = (columns.A, columns.B, routing.gates(), owners, rows)
+        return _Linear.apply(rows_TD, source, W, bias, *factors, self.primitives()).view(*x.shape[:-1], len(W))
+
+    def narrow(
+        self,
+        streams: Tensor,
+        base: nn.Module,
+        columns: Columns,
+        routing: Routing,
+        mix: Tensor,
+        *,
+        dropped: Tensor | None = None,
+    ) -> Tensor:
+        mixed = mix_streams(streams, mix)
+        own = own_streams(streams if dropped is None else dropped, routing).flatten(1, -2)
+        gated_TC = gate(columns.shrink(own), slot_gates(routing), columns).sum(0).to(mixed.dtype)
+        y_TO = folded(mixed.flatten(0, -2), *weight_of(base), gated_TC, columns.B)
+        return y_TO.view(*mixed.shape[:-1], len(columns.B))
+
+
+def why_not_plain(base: nn.Module, x: Tensor) -> str | None:
+    """Why a kernel may not take the base's weight for what the base does; None where it may."""
+    if type(base) is not nn.Linear or "forward" in vars(base):
+        return f"the base is a {type(base).__name__}, or changed: its weight alone does not say what it computes"
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return "the base has hooks, which would not be called"
+    weight = base.weight
+    if type(weight) not in (Tensor, nn.Parameter) or hasattr(weight, "ds_id") or weight.dim() != 2:
+        return "the base's weight is sharded or quantised"
+    if weight.dtype != x.dtype or weight.device != x.device:
+        return f"the base is {weight.dtype} on {weight.device}, its input {x.dtype} on {x.device}"
+    if weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+        return "the base trains, or autocast chooses its dtype"
+    return None
+
+
+def weight_of(base: nn.Module) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(base, nn.Linear)
+    return base.weight, base.bias
+
+
+def folded(x: Tensor, W: Tensor, bias: Tensor | None, gated: Tensor, B: Tensor) -> Tensor:
+    """x Wᵀ + bias + gated Bᵀ, (T, O), in one accumulator."""
+    return F.linear(gated, B, bias).addmm_(x, W.T)
+
+
+class _Linear(torch.autograd.Function):
+    """The whole layer. source: what the experts read where that is not x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        source: Tensor | None,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        gates: Tensor,
+        expert_of_column: Tensor,
+        row_of_column: Tensor | None,
+        primitives: Primitives,
+    ) -> Tensor:
+        read = x if source is None else source
+        hidden, gated = primitives.shrink_gate(read, A, gates, expert_of_column, row_of_column)
+        ctx.save_for_backward(read, W, A, B, gates, hidden, expert_of_column, row_of_column)
+        ctx.primitives, ctx.apart = primitives, source is not None
+        return folded(x, W, bias, gated, B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (read, W, A, B, gates, hidden, owners, rows) = grads, ctx.saved_tensors
+        needs_x, needs_source, _, _, needs_A, needs_B, needs_gates = ctx.needs_input_grad[:7]
+        d_x = d_source = d_A = d_B = d_gates = None
+        d_gated = dy @ B
+        if needs_B:
+            gated = hidden * gates[:, owners].to(hidden.dtype)
+            d_B = ctx.primitives.weight_grad(gated, dy).T.to(B.dtype)
+        d_hidden, d_gates = ctx.primitives.gate_backward(d_gated, hidden, gates, owners)
+        if needs_A:
+            d_A = sum_rows(ctx.primitives.weight_grad(d_hidden, read), rows, len(A)).to(A.dtype)
+        if needs_x or needs_source:
+            through_experts = d_hidden @ (A if rows is None else A[rows])
+            if ctx.apart:
+                d_x, d_source = dy @ W if needs_x else None, through_experts
+            else:
+                d_x = through_experts.addmm_(dy, W)
+        return d_x, d_source, None, None, d_A, d_B, d_gates if needs_gates else None, None, None, None
+
+
+def sum_rows(by_column: Tensor, row_of_column: Tensor | None, num_rows: int) -> Tensor:
+    """The gradient of A (rows, D) from that of each column's row (C, D)."""
+    if row_of_column is None:
+        return by_column
+    return by_column.new_zeros(num_rows, by_column.shape[1]).index_add_(0, row_of_column, by_column)
+
+
+def shrink_gate(
+    x: Tensor, A: Tensor, gates: Tensor, expert_of_column: Tensor, row_of_column: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    hidden_TC = F.linear(x, A)
+    hidden_TC = hidden_TC if row_of_column is None else hidden_TC[:, row_of_column]
+    return hidden_TC, (hidden_TC * gates[:, expert_of_column]).to(x.dtype)
+
+
+def gate_backward(grad_gated: Tensor, hidden: Tensor, gates: Tensor, expert_of_column: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(gates.dtype, torch.float32)
+    products_TC = grad_gated.to(wide) * hidden.to(wide)
+    grad_gates_TE = torch.zeros_like(gates).index_add_(1, expert_of_column, products_TC)
+    return (grad_gated * gates[:, expert_of_column]).to(hidden.dtype), grad_gates_TE
+
+
+def weight_grad(left: Tensor, right: Tensor) -> Tensor:
+    return left.T @ right

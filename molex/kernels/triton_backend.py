@@ -1,0 +1,36 @@
+"""The `preload` plan with its C-wide work in Triton kernels: shrink and gate in one launch, one read of x.
+
+`import molex` does not import triton: the kernels are loaded where this backend is first asked to run.
+"""
+
+import os
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from molex.kernels.base import backends
+from molex.kernels.columns import Columns
+from molex.kernels.preload import Preload, Primitives
+from molex.routing import Routing
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@backends.register("triton")
+class Triton(Preload):
+    """On a GPU, or anywhere in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+    def primitives(self) -> Primitives:
+        from molex.kernels.triton import gate_backward, shrink_gate, skinny_wgrad
+
+        return Primitives(shrink_gate, gate_backward, skinny_wgrad)
+
+    def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
+        if find_spec("triton") is None:
+            return "the package triton is not installed: pip install 'molex[kernels]'"
+        if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"its kernels run on a GPU, x is on {x.device}"
+        if x.dtype not in DTYPES:
+            return f"its kernels take float32, bfloat16 and float16, not {x.dtype}"
+        return super().supports(x, columns, routing, base)

@@ -1,0 +1,9 @@
+"""The backend on its kernels: the tests of every backend, of which only this one runs in this process."""
+
+from tests.kernels.test_backends import (  # noqa: F401 (collected here)
+    test_activations_at_hand_are_used,
+    test_batch_dimensions_and_dropped_rows,
+    test_experts_of_zero_leave_the_base_bit_for_bit,
+    test_output_and_gradients,
+)
+from tests.kernels.test_planner import test_an_explicit_choice_is_taken  # noqa: F401 (collected here)
