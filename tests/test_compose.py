@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 from peft import PeftModel
@@ -73,6 +74,17 @@ def test_the_published_table_is_that_of_its_cells() -> None:
     table = recipe.table({row: [seeds[seed] for seed in range(3)] for row, seeds in found.items()}, names)
     assert (folder / "table.md").read_text() == f"{table}\n"
     assert table in Path("docs/adapters.md").read_text()
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_the_published_composite_scores_are_those_of_the_files(count: int) -> None:
+    files = [Path(f"docs/composing/composite/seed-{seed}-composite-{count}.json") for seed in range(3)]
+    scores = [json.loads(path.read_text()) for path in files]
+    cells = [f"composite-{count}"]
+    for line in ("base", "mixture", "merged"):
+        values = [score["lines"][line]["correct"]["value"] for score in scores]
+        cells.append(f"{fmean(values):.2f}" + (f" ± {stdev(values):.2f}" if line != "base" else ""))
+    assert f"| {' | '.join(cells)} |" in Path("docs/composite.md").read_text()
 
 
 def test_unknown_rows_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
