@@ -45,7 +45,7 @@ def gate_backward_kernel(
         mask = (t < T) & (c[None, :] < C)
         grad = tl.load(grad_gated_ptr + t * stride_grad + c[None, :], mask, other=0.0).to(tl.float32)
         hidden = tl.load(hidden_ptr + t * stride_hidden + c[None, :], mask, other=0.0).to(tl.float32)
-        expert = tl.load(expert_ptr + c, c < C, other=-1).to(tl.int32)
+        expert = tl.load(expert_ptr + c, c < C, other=0).to(tl.int32)
         owns = (expert[:, None] == e).to(tl.float32)
         acc = tl.dot(grad * hidden, owns, acc, input_precision="ieee")
         if tl.program_id(1) == 0:

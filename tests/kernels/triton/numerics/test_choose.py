@@ -65,6 +65,16 @@ def test_of_equal_logits_the_lowest_experts_are_chosen() -> None:
 
 
 @torch.no_grad()
+def test_nobody_is_chosen_twice_though_all_logits_are_minus_infinity() -> None:
+    p = make(CASES[0], torch.float32)
+    p.x[0, 0] = torch.inf
+    router, scale = torch.full((5, 24), -1.0, device=DEVICE), torch.ones(5, device=DEVICE)
+    got = route_shrink(p.x, p.A, router, scale, p.expert_of_column, top_k=3)
+    assert bool(got.logits[0].isneginf().all())
+    assert got.expert_ids[0].tolist() == [0, 1, 2]
+
+
+@torch.no_grad()
 def test_nan_is_not_hidden() -> None:
     p = make(CASES[0], torch.float32)
     p.x[3] = torch.nan

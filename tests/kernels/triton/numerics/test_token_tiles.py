@@ -44,6 +44,8 @@ def test_the_order_is_by_the_rarest_expert() -> None:
     ids_TK = torch.tensor([[0, 1], [2, 0], [-1, -1], [1, 0], [0, 2], [0, -1], [3, 0]], device=DEVICE)
     # served: 0 six times, 1 and 2 twice, 3 once; of equals the lower id comes first
     assert set_order(ids_TK, 4).tolist() == [6, 0, 3, 1, 4, 5, 2]
+    # served: 0 twice, 1 three times, 2 once
+    assert set_order(torch.tensor([[1], [0], [1], [2], [0], [1]], device=DEVICE), 3).tolist() == [3, 1, 4, 0, 2, 5]
 
 
 @pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda case: case.name)
