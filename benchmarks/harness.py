@@ -1,6 +1,8 @@
 """Side by side in one process: interleaved timing, and a JSON line that says on what it ran."""
 
 import datetime
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -17,22 +19,39 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleave(steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 5) -> dict[str, list[float]]:
+def interleave(
+    steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 5, device: str = "cpu"
+) -> dict[str, list[float]]:
     """Seconds of every step in every round; each round runs all steps, in a random order.
 
-    By the clock on the wall; with one thread by the process' own, which other processes do not disturb.
+    On a GPU by its own events. On a CPU by the clock on the wall; with one thread by the process' own, which other
+    processes do not disturb.
     """
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     names, times = [*steps], {name: [] for name in steps}
-    shuffle = random.Random(0).shuffle
+    shuffle, timed = random.Random(0).shuffle, _timed_by_events if device == "cuda" else _timed_by_clock
     for round_number in range(-warmup, rounds):
         shuffle(names)
         for name in names:
-            start = clock()
-            steps[name]()
+            seconds = timed(steps[name])
             if round_number >= 0:
-                times[name].append(clock() - start)
+                times[name].append(seconds)
     return times
+
+
+def _timed_by_clock(step: Callable[[], object]) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    step()
+    return clock() - start
+
+
+def _timed_by_events(step: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -58,6 +77,18 @@ def machine() -> dict[str, Any]:
         "load_1min": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        **(_gpu() if torch.cuda.is_available() else {}),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
+    memory = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "gpu_gib": memory,
+        "cuda": torch.version.cuda,
+        "triton": triton,
     }
 
 

@@ -56,9 +56,7 @@ class Routing(NamedTuple):
     def to(self, device: torch.device) -> "Routing":
         """The same on another device, with gradient."""
         logits_TE = None if self.logits is None else self.logits.to(device)
-        return self._replace(
-            expert_ids=self.expert_ids.to(device), weights=self.weights.to(device), logits=logits_TE
-        )
+        return self._replace(expert_ids=self.expert_ids.to(device), weights=self.weights.to(device), logits=logits_TE)
 
     def check(self) -> None:
         """States the invariants; raises AssertionError. Tests call it for every router."""
