@@ -2,9 +2,10 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+GPU_PYTHON ?= python3
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint compare clean
+.PHONY: demo test lint compare gpu clean
 
 demo: $(READY)
 	$(BIN)/molex demo --out runs/demo
@@ -17,6 +18,10 @@ test: $(READY)
 
 compare: $(READY)
 	$(BIN)/python recipes/compare_methods.py
+
+# on a GPU machine, whose own torch is for its CUDA: no environment is made
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 lint: $(READY)
 	$(BIN)/ruff check --fix .
