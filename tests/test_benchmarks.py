@@ -37,7 +37,7 @@ def test_a_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = Dense.linear
     monkeypatch.setattr(Dense, "linear", lambda *call: 1.01 * right(*call))
-    with pytest.raises(AssertionError, match="dense y: 0.01"):
+    with pytest.raises(AssertionError, match=r"dense y: 0\.01"):
         rows(monkeypatch, tmp_path, layer.main, "--shapes 32x16x24 --experts 4x8x2 --rounds 2 --threads 1")
     assert not list(tmp_path.iterdir())
 

@@ -5,8 +5,9 @@
 What a mixture adds is limited by memory traffic and launches, not by arithmetic: x should be read once, y touched
 once, and only C-wide tensors lie between. Each file is one kernel and the function that launches it.
 
-Written to what Triton 3.6 to 3.9 have in common. With TRITON_INTERPRET=1 in the environment before the first import of
-triton, everything here runs on CPU tensors, slowly.
+16-bit factors are multiplied on tensor cores and summed in float32; float32 factors are multiplied in float32, never in
+TF32. Written to what Triton 3.6 to 3.9 have in common. With TRITON_INTERPRET=1 in the environment before the first
+import of triton, everything here runs on CPU tensors, slowly.
 """
 
 from molex.errors import BackendError

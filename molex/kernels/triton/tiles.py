@@ -5,7 +5,6 @@ CUDA graph cannot capture, and could change the order of summation from one run 
 """
 
 import functools
-import os
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -13,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of what is multiplied; gates and sums are float32
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = knobs.runtime.interpret
 INTERPRETED_PROCESSORS = 8  # splits happen at toy sizes too, and so are tested
 
 P = ParamSpec("P")

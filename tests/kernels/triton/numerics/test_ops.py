@@ -17,13 +17,14 @@ from molex.kernels.triton import (
     skinny_wgrad,
     tile_tokens,
 )
-from tests.kernels.triton.problems import CASES, Case, Problem, make
+from tests.kernels.triton.problems import CASES, DEVICE, Case, Problem, make
 
 SHARED = next(case for case in CASES if case.share_A)
 
 
 def calls(p: Problem) -> dict[str, tuple[Callable, tuple]]:
     x, A, gates, hidden = p.x.detach(), p.A.detach(), p.gates.detach(), torch.randn_like(p.grad)
+    scale = torch.ones(len(A), device=DEVICE)
     tiles = tile_tokens(p.expert_ids, p.expert_of_column, p.gates.shape[1])
     return {
         "shrink_gate": (shrink_gate, (p.x, p.A, p.gates, p.expert_of_column, p.row_of_column)),
@@ -34,9 +35,9 @@ def calls(p: Problem) -> dict[str, tuple[Callable, tuple]]:
         "expand_add_tiles": (ops._expand_add_tiles, (p.y, p.grad, p.B, *tiles)),
         "route_shrink": (
             ops._route_shrink,
-            (x, A, torch.randn(5, 24), torch.ones(5), p.expert_of_column, p.row_of_column, 2, True),
+            (x, A, x.new_ones(5, 24).float(), scale[:5], p.expert_of_column, p.row_of_column, 2, True),
         ),
-        "self_gated_shrink": (self_gated_shrink, (x, A, torch.zeros(len(A)), torch.ones(len(A)), 2, False)),
+        "self_gated_shrink": (self_gated_shrink, (x, A, scale, scale, 2, False)),
     }
 
 
