@@ -60,16 +60,16 @@ def shrink_kernel(
     c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
     row = tl.load(row_ptr + c, c < C, other=0) if HAS_ROWS else c
     row_offset = row.to(tl.int64)[None, :] * stride_A
+    copied_rows = tl.where(tile_c == 0, T, 0)
     start = tl.program_id(1) * depth
     acc = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for first in range(start, tl.minimum(start + depth, D), BLOCK_D):
         d = first + tl.arange(0, BLOCK_D)
-        x_mask = (t < T) & (d[None, :] < D)
-        x = tl.load(x_ptr + t * stride_x + d[None, :], x_mask, other=0.0)
+        x = tl.load(x_ptr + t * stride_x + d[None, :], (t < T) & (d[None, :] < D), other=0.0)
         A = tl.load(A_ptr + row_offset + d[:, None], (c[None, :] < C) & (d[:, None] < D), other=0.0)
         acc = tl.dot(widened(x, UP), widened(A, UP), acc, input_precision="ieee")
         if COPY:
-            tl.store(copy_ptr + t * stride_gated + d[None, :], x, x_mask & (tile_c == 0))
+            tl.store(copy_ptr + t * stride_gated + d[None, :], x, (t < copied_rows) & (d[None, :] < D))
     mask = (t < T) & (c[None, :] < C)
     if SPLIT:
         tl.store(hidden_ptr + (tl.program_id(1) * T + t) * C + c[None, :], acc, mask)

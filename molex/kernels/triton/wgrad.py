@@ -54,9 +54,9 @@ def wgrad_kernel(
     tl.store(planes_ptr + c_row * N + n, acc, (c[:, None] < C) & (n < N))
 
 
-def wgrad_tile(num_columns: int, width: int) -> tuple[int, int]:
+def wgrad_tile(num_columns: int, width: int, dtype: torch.dtype) -> tuple[int, int]:
     """(BLOCK_C, BLOCK_N)."""
-    return block(num_columns, 128), block(width, 64)
+    return block(num_columns, 64 if dtype == torch.float32 else 128), block(width, 64)
 
 
 @on_its_device
@@ -65,7 +65,7 @@ def launch_wgrad(left: Tensor, right: Tensor) -> Tensor:
     check_dtypes(left, right)
     left, right = row_major(left), row_major(right)
     (num_tokens, num_columns), width = left.shape, right.shape[1]
-    BLOCK_C, BLOCK_N = wgrad_tile(num_columns, width)
+    BLOCK_C, BLOCK_N = wgrad_tile(num_columns, width, left.dtype)
     num_tiles = triton.cdiv(num_columns, BLOCK_C) * triton.cdiv(width, BLOCK_N)
     num_splits, depth = split(num_tokens, num_tiles, left.device, at_least=256, each=2)
     planes = torch.empty(num_splits, num_columns, width, dtype=torch.float32, device=left.device)

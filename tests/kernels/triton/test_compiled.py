@@ -90,10 +90,12 @@ def test_it_fits(shape: tuple[int, torch.dtype, int, int, int]) -> None:
 
 @pytest.mark.parametrize("name", ["shrink", "extend", "wgrad", "expand", "expand tiles"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_training_uses_hoppers_warp_groups(dtype: torch.dtype, name: str) -> None:
+def test_training_uses_hoppers_warp_groups_and_wide_accesses(dtype: torch.dtype, name: str) -> None:
     with launches(90) as launched:
         every_operator(8192, 8, 16, dtype)[name]()
     assert "wgmma.mma_async" in launched[0].ptx
+    assert "cp.async.cg.shared.global" in launched[0].ptx, "loads are not 16 bytes wide"
+    assert "st.global.v4.b32" in launched[0].ptx, "stores are not 16 bytes wide"
 
 
 def test_training_reads_x_once_and_needs_no_second_launch() -> None:
