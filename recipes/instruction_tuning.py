@@ -101,6 +101,14 @@ def main() -> None:
     example = generate_example(trainer, tokenizer, dict(next(iter(train_rows if eval_rows is None else eval_rows))))
     if trainer.is_world_process_zero():
         report(mixture, metrics, example, training.output_dir)
+    leave_together()
+
+
+def leave_together() -> None:
+    """A process that goes while another still talks to it makes that one abort, and torchrun report a failed run."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def read_arguments(arguments: list[str] | None = None) -> tuple[MixtureSettings, DataSettings, TrainingSettings]:

@@ -6,7 +6,6 @@
 import os
 from importlib.util import find_spec
 
-import torch
 from torch import Tensor, nn
 
 from molex.kernels.base import backends
@@ -14,7 +13,7 @@ from molex.kernels.columns import Columns
 from molex.kernels.preload import Preload, Primitives
 from molex.routing import Routing
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_YES = ("1", "true", "yes", "on", "y")  # as triton reads its environment
 
 
 @backends.register("triton")
@@ -29,8 +28,10 @@ class Triton(Preload):
     def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
         if find_spec("triton") is None:
             return "the package triton is not installed: pip install 'molex[kernels]'"
-        if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        if not x.is_cuda and os.environ.get("TRITON_INTERPRET", "").lower() not in _YES:
             return f"its kernels run on a GPU, x is on {x.device}"
+        from molex.kernels.triton import DTYPES
+
         if x.dtype not in DTYPES:
             return f"its kernels take float32, bfloat16 and float16, not {x.dtype}"
         return super().supports(x, columns, routing, base)
