@@ -5,7 +5,7 @@
 shared    MixLoRA's code: the base's gate and up once for all tokens; then, expert by expert, act(gate + Δ) * (up + Δ)
           on its tokens and the base's down projection of these: K times over all tokens
 textbook  every chosen expert is a whole block: gate, up and down of its tokens, all K times
-dense, by_expert    molex's widen and narrow, with these backends: every base projection once
+dense, preload    molex's widen and narrow, with these backends: every base projection once
 
 Routing is given, and the same for all. `base` is the frozen block alone. `flops` counts multiplications of the
 products, forward and backward with the gradient of x, over those of molex
@@ -14,7 +14,7 @@ that are not zero.
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -111,10 +111,10 @@ METHODS: dict[str, Callable[[Block, Tensor], Tensor]] = {
     "shared": shared,
     "textbook": lambda block, x: shared(block, x, textbook=True),
     "dense": lambda block, x: molex_block(block, x, "dense"),
-    "by_expert": lambda block, x: molex_block(block, x, "by_expert"),
+    "preload": lambda block, x: molex_block(block, x, "preload"),
 }
 
-OURS = ("dense", "by_expert")
+OURS = ("dense", "preload")
 
 
 def step(method: Callable[[Block, Tensor], Tensor], block: Block, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
@@ -147,9 +147,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
+    for size in fields(Shape):
+        parser.add_argument(f"--{size.name}", type=int, default=size.default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    dtype, shape = getattr(torch, arguments.dtype), Shape()
+    dtype, shape = getattr(torch, arguments.dtype), Shape(**{f.name: getattr(arguments, f.name) for f in fields(Shape)})
     x = torch.randn(shape.num_tokens, shape.hidden).to(dtype).requires_grad_()
     grad = torch.randn(shape.num_tokens, shape.hidden).to(dtype)
     check(shape, x, grad, dtype)

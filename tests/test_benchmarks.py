@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, harness, layer, stack
+from benchmarks import gpu, harness, layer, mixture_ffn, stack
 from molex.kernels.dense import Dense
 
 
@@ -47,6 +47,14 @@ def test_decoder_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     found = rows(monkeypatch, tmp_path, stack.main, flags)
     assert [row["timed"] for row in found] == ["training", "decoding"]
     assert found[0]["times_base"].keys() == {"lora", "lora, C", "molex, auto", "molex, dense", "molex, preload"}
+
+
+def test_a_feed_forward_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flags = "--num_tokens 32 --hidden 16 --inner 24 --num_experts 4 --rank 2 --rounds 2 --threads 1"
+    (found,) = rows(monkeypatch, tmp_path, mixture_ffn.main, flags)
+    assert found["milliseconds"].keys() == {"base", "shared", "textbook", "dense", "preload"}
+    base, expert = 2 * 3 * 16 * 24, 3 * 2 * 3 * 2 * (16 + 24)  # multiplications a token, by hand
+    assert found["flops"]["shared"] == round((base * 4 / 3 + expert) / (base + expert), 3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
