@@ -25,6 +25,8 @@ def losses_and_gradients(model: torch.nn.Module, called: torch.nn.Module) -> dic
     [
         ("dense", torch.float32, "mixlora"),
         ("dense", torch.bfloat16, "mixlora"),
+        ("preload", torch.float32, "mixlora"),
+        ("preload", torch.float32, "mola"),
         ("grouped", torch.bfloat16, "mixlora"),
         ("auto", torch.float32, "mola"),
     ],
