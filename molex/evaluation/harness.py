@@ -162,12 +162,12 @@ def _task_manager(tasks: Sequence[Task], include_path: str | Path | None) -> "Ta
 
 def _by_id(tasks: Sequence[Task], task_ids: Mapping[str, int]) -> dict[int | None, list[Task]]:
     """Tasks that run together. Raises ConfigError on an id for a task that is not among them."""
-    names = {task if isinstance(task, str) else str(task.get("task")): task for task in tasks}
+    names = [task if isinstance(task, str) else str(task.get("task")) for task in tasks]
     for name in task_ids:
         if name not in names:
             raise ConfigError(f"a task id is given for {name!r}{near_and_known(name, names)}")
     groups: dict[int | None, list[Task]] = {}
-    for name, task in names.items():
+    for name, task in zip(names, tasks, strict=True):
         groups.setdefault(task_ids.get(name), []).append(task)
     return groups
 

@@ -192,6 +192,11 @@ def test_tasks_run_with_their_ids() -> None:
         evaluate({"m": mixture}, tasks, task_ids={"knwn": 0})
 
 
+def test_tasks_without_a_name_of_their_own_all_run() -> None:
+    tasks = [{"dataset_path": "a"}, {"dataset_path": "b"}, "known"]
+    assert harness._by_id(tasks, {"known": 2}) == {None: tasks[:2], 2: ["known"]}
+
+
 def test_side_by_side() -> None:
     def score(model: str, task: str, value: float, stderr: float | None, kind: str = "none") -> Score:
         return Score(model, task, "acc", kind, value, stderr, True, 10)
