@@ -22,7 +22,7 @@ from molex.io.hub import source_of
 from molex.io.peft import write_adapter
 from molex.library import Factors
 from molex.merging.base import MergeRule, make_rule
-from molex.merging.checkpoint import open_base, write_dense
+from molex.merging.checkpoint import Base, open_base, write_dense
 from molex.merging.folding import find_linears, fold, sizes_of
 from molex.merging.merged import Merged, merge_factors
 from molex.merging.weights import Weights
@@ -100,20 +100,34 @@ def merge_folder(
     opened.check({layer: size for adapter in adapters for layer, size in sizes_of(adapter.factors).items()}, whole)
     names = (name for name, _ in opened.model.named_modules())
     merged = merge_factors(experts, rule, weights, names=names, rank=rank, energy=energy, on_layer=output.on_layer)
+    write_merged(opened, str(base), merged, whole, out, output)
+    return merged
+
+
+def write_merged(
+    base: Base,
+    base_name: str,
+    merged: Merged,
+    whole: Mapping[str, Tensor],
+    out: Path,
+    output: Output,
+    companions: Path | None = None,
+) -> None:
+    """The folder `out`: one adapter of the base of this name, or a dense checkpoint. Raises as `write_dense`."""
     if output.kind == "lora":
-        write_adapter(one_adapter(merged, whole, str(base), output.dtype), out, output.texts)
-        return merged
+        write_adapter(one_adapter(merged, whole, base_name, output.dtype), out, output.texts)
+        return
     write_dense(
-        opened,
+        base,
         merged.factors,
         whole,
         out,
         dtype=output.dtype,
         shard_size=output.shard_size,
         texts=output.texts,
+        companions=companions,
         on_tensor=output.on_tensor,
     )
-    return merged
 
 
 def read_sources(adapters: Mapping[str, Source]) -> list[Adapter]:

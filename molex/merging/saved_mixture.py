@@ -12,10 +12,9 @@ import torch
 from molex.io.checkpoint import read_record
 from molex.io.exporting import trained_whole
 from molex.io.loading import base_of, find_folder, load_experts
-from molex.io.peft import write_adapter
-from molex.merging.adapters import Output, one_adapter
+from molex.merging.adapters import Output, write_merged
 from molex.merging.base import MergeRule
-from molex.merging.checkpoint import Base, open_base, write_dense
+from molex.merging.checkpoint import Base, open_base
 from molex.merging.merged import Merged
 from molex.merging.of_mixture import merge_experts
 from molex.merging.weights import Weights
@@ -60,19 +59,6 @@ def merge_saved(
     """
     merged = merge_experts(saved.mixture, rule, weights, rank=rank, energy=energy, on_layer=output.on_layer)
     whole = trained_whole(saved.mixture)
-    if output.kind == "lora":
-        write_adapter(one_adapter(merged, whole, saved.base_name, output.dtype), out, output.texts)
-        return merged
     saved.mixture.revert()  # the skeleton is compared with the files under its own names
-    write_dense(
-        saved.base,
-        merged.factors,
-        whole,
-        out,
-        dtype=output.dtype,
-        shard_size=output.shard_size,
-        texts=output.texts,
-        companions=saved.folder,
-        on_tensor=output.on_tensor,
-    )
+    write_merged(saved.base, saved.base_name, merged, whole, out, output, companions=saved.folder)
     return merged
