@@ -104,10 +104,13 @@ class Backend(ABC):
     ) -> Tensor:
         """(K+1, ..., D), or (K, ..., D) as `widen` gives them, -> (..., O). mix (T, K) are the v_k: the routing's
         weights before the experts' scale."""
-        y = base(mix_streams(streams, mix))
-        rows = own_streams(streams if dropped is None else dropped, routing)
-        delta_TO = self.narrow_delta(rows.flatten(1, -2), columns, routing)
-        return y + delta_TO.view(y.shape).to(y.dtype)
+        own = own_streams(streams if dropped is None else dropped, routing)
+        return self.narrow_add(mix_streams(streams, mix), own.flatten(1, -2), base, columns, routing)
+
+    def narrow_add(self, mixed: Tensor, streams: Tensor, base: nn.Module, columns: Columns, routing: Routing) -> Tensor:
+        """base(mixed), (..., D) -> (..., O), and what the slots' experts add, each to its own stream (K, T, D)."""
+        y = base(mixed)
+        return y + self.narrow_delta(streams, columns, routing).view(y.shape).to(y.dtype)
 
 
 class _Mix(torch.autograd.Function):

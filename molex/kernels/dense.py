@@ -44,14 +44,18 @@ class Dense(Backend):
         return expand(gate(columns.shrink(x), slot_gates(routing), columns), columns)
 
     def narrow_delta(self, streams: Tensor, columns: Columns, routing: Routing) -> Tensor:
-        gated_KTC = gate(columns.shrink(streams), slot_gates(routing), columns)
-        return expand(gated_KTC.sum(0), columns)
+        return expand(gated_streams(streams, columns, routing), columns)
 
 
 def gated_hidden(x: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None) -> Tensor:
     """(T, D) -> (T, C), float32 or wider."""
     hidden_TC = columns.shrink(x) if hidden is None else hidden
     return gate(hidden_TC, routing.gates(), columns)
+
+
+def gated_streams(streams: Tensor, columns: Columns, routing: Routing) -> Tensor:
+    """Each slot's stream through its own expert's columns: (K, T, D) -> (T, C), float32 or wider."""
+    return gate(columns.shrink(streams), slot_gates(routing), columns).sum(0)
 
 
 def gate(hidden: Tensor, gates: Tensor, columns: Columns) -> Tensor:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from molex.kernels.base import backends, mix_streams, own_streams
+from molex.kernels.base import backends
 from molex.kernels.columns import Columns
-from molex.kernels.dense import Dense, gate, slot_gates
+from molex.kernels.dense import Dense, gate, gated_streams
 from molex.routing import Routing
 
 
@@ -68,19 +68,8 @@ class Preload(Dense):
         factors = (columns.A, columns.B, routing.gates(), owners, rows)
         return _Linear.apply(rows_TD, source, W, bias, *factors, self.primitives()).view(*x.shape[:-1], len(W))
 
-    def narrow(
-        self,
-        streams: Tensor,
-        base: nn.Module,
-        columns: Columns,
-        routing: Routing,
-        mix: Tensor,
-        *,
-        dropped: Tensor | None = None,
-    ) -> Tensor:
-        mixed = mix_streams(streams, mix)
-        own = own_streams(streams if dropped is None else dropped, routing).flatten(1, -2)
-        gated_TC = gate(columns.shrink(own), slot_gates(routing), columns).sum(0).to(mixed.dtype)
+    def narrow_add(self, mixed: Tensor, streams: Tensor, base: nn.Module, columns: Columns, routing: Routing) -> Tensor:
+        gated_TC = gated_streams(streams, columns, routing).to(mixed.dtype)
         y_TO = folded(mixed.flatten(0, -2), *weight_of(base), gated_TC, columns.B)
         return y_TO.view(*mixed.shape[:-1], len(columns.B))
 
@@ -142,8 +131,7 @@ class _Linear(torch.autograd.Function):
         d_x = d_source = d_A = d_B = d_gates = None
         d_gated = dy @ B
         if needs_B:
-            gated = hidden * gates[:, owners].to(hidden.dtype)
-            d_B = ctx.primitives.weight_grad(gated, dy).T.to(B.dtype)
+            d_B = ctx.primitives.weight_grad(gate_columns(hidden, gates, owners), dy).T.to(B.dtype)
         d_hidden, d_gates = ctx.primitives.gate_backward(d_gated, hidden, gates, owners)
         if needs_A:
             d_A = sum_rows(ctx.primitives.weight_grad(d_hidden, read), rows, len(A)).to(A.dtype)
@@ -168,14 +156,19 @@ def shrink_gate(
 ) -> tuple[Tensor, Tensor]:
     hidden_TC = F.linear(x, A)
     hidden_TC = hidden_TC if row_of_column is None else hidden_TC[:, row_of_column]
-    return hidden_TC, (hidden_TC * gates[:, expert_of_column]).to(x.dtype)
+    return hidden_TC, gate_columns(hidden_TC, gates, expert_of_column)
+
+
+def gate_columns(hidden: Tensor, gates: Tensor, expert_of_column: Tensor) -> Tensor:
+    """(T, C) times each column's gate, in its own dtype."""
+    return (hidden * gates[:, expert_of_column]).to(hidden.dtype)
 
 
 def gate_backward(grad_gated: Tensor, hidden: Tensor, gates: Tensor, expert_of_column: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(gates.dtype, torch.float32)
     products_TC = grad_gated.to(wide) * hidden.to(wide)
     grad_gates_TE = torch.zeros_like(gates).index_add_(1, expert_of_column, products_TC)
-    return (grad_gated * gates[:, expert_of_column]).to(hidden.dtype), grad_gates_TE
+    return gate_columns(grad_gated, gates, expert_of_column), grad_gates_TE
 
 
 def weight_grad(left: Tensor, right: Tensor) -> Tensor:

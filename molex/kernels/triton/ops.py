@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molex.kernels.preload import sum_rows
 from molex.kernels.triton.choose import Routed, launch_route_gate, launch_self_gate
 from molex.kernels.triton.expand import launch_expand, launch_expand_tiles
 from molex.kernels.triton.gate_backward import launch_gate_backward
@@ -59,10 +60,7 @@ def _shrink_gate_backward(
     grad_x = grad @ (A if row_of_column is None else A[row_of_column]) if ctx.needs_input_grad[0] else None
     grad_A = None
     if ctx.needs_input_grad[1]:
-        grad_A = skinny_wgrad(grad, x)
-        if row_of_column is not None:
-            grad_A = grad_A.new_zeros(A.shape).index_add(0, row_of_column, grad_A)
-        grad_A = grad_A.to(A.dtype)
+        grad_A = sum_rows(skinny_wgrad(grad, x), row_of_column, A.shape[0]).to(A.dtype)
     return grad_x, grad_A, grad_gates, None, None
 
 
