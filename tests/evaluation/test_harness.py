@@ -193,7 +193,7 @@ def test_tasks_run_with_their_ids() -> None:
 
 
 def test_tasks_without_a_name_of_their_own_all_run() -> None:
-    tasks = [{"dataset_path": "a"}, {"dataset_path": "b"}, "known"]
+    tasks: list[harness.Task] = [{"dataset_path": "a"}, {"dataset_path": "b"}, "known"]
     assert harness._by_id(tasks, {"known": 2}) == {None: tasks[:2], 2: ["known"]}
 
 
