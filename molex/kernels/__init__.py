@@ -1,6 +1,14 @@
 """Kernel backends: one file each. Importing this package registers them all."""
 
-from molex.kernels import dense, grouped, preload, reference, triton_backend  # noqa: F401 (registers the backends)
+from molex.kernels import (  # noqa: F401 (registers the backends)
+    dense,
+    extend,
+    grouped,
+    preload,
+    reference,
+    triton_backend,
+    triton_grouped,
+)
 from molex.kernels.base import Backend, Form, backends
 from molex.kernels.columns import Columns, columns_of
 from molex.kernels.planner import Planner

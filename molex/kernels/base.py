@@ -14,12 +14,14 @@ here call the base as it is, in its own input shape, and add.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from molex.kernels.columns import Columns
+from molex.kernels.cost import Shape, Step
 from molex.registry import Registry
 from molex.routing import Routing
 
@@ -31,6 +33,10 @@ class Backend(ABC):
 
     def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
         """None, or the reason why this backend cannot run these shapes and dtypes, or over this base."""
+        return None
+
+    def steps(self, shape: Shape) -> Iterator[Step] | None:
+        """What `linear` multiplies and moves, forward and, where asked, backward. None: `auto` never picks this one."""
         return None
 
     @abstractmethod

@@ -6,18 +6,36 @@ The zeros cost only multiplications on a C-wide dimension; while C is below abou
 moving tokens around, on CPU and GPU alike. Gate gradients of unchosen experts come for free.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from molex.kernels.base import Backend, backends
 from molex.kernels.columns import Columns
+from molex.kernels.cost import WIDE, Shape, Step, moved, product
 from molex.routing import Routing
 
 
 @backends.register("dense")
 class Dense(Backend):
     """Two matrix products and a mask; never refuses."""
+
+    def steps(self, shape: Shape) -> Iterator[Step] | None:
+        T, D, O, C, s = shape.num_tokens, shape.num_in, shape.num_out, shape.num_columns, shape.itemsize  # noqa: E741
+        yield product(T, O, D, s)
+        yield product(T, C, D, s)
+        yield moved(T, C, 2 * s + 2 * WIDE, launches=4)
+        yield product(T, O, C, s, onto=True)
+        if shape.backward:
+            yield product(T, D, O, s)
+            yield product(T, C, O, s)
+            yield moved(T, C, 2 * s + 6 * WIDE, launches=6)
+            yield product(O, C, T, s)
+            yield product(C, D, T, s)
+            yield product(T, D, C, s)
+            yield moved(T, D, 3 * s)  # both gradients of x, added
 
     def pairs(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, columns: Columns) -> Tensor:
         one_slot = Routing(expert_ids[:, None], weights[:, None], None, len(columns.ranks))

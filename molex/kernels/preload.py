@@ -11,8 +11,8 @@ It reads the base's weight, so the base must be a plain linear whose weight lies
 is `Primitives`: here in plain torch, in `triton_backend` as kernels.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from molex.kernels.base import backends
 from molex.kernels.columns import Columns
+from molex.kernels.cost import WIDE, Shape, Step, moved, product
 from molex.kernels.dense import Dense, gate, gated_streams
 from molex.routing import Routing
 
@@ -42,8 +43,25 @@ class Primitives(NamedTuple):
 class Preload(Dense):
     """Single linears and the narrow end of a block; the widening end is `dense`'s, which accumulates already."""
 
+    launches: ClassVar[tuple[int, int]] = (3, 4)  # that gating takes beside the products, forward and backward
+
     def primitives(self) -> Primitives:
         return Primitives(shrink_gate, gate_backward, weight_grad)
+
+    def steps(self, shape: Shape) -> Iterator[Step] | None:
+        T, D, O, C, s = shape.num_tokens, shape.num_in, shape.num_out, shape.num_columns, shape.itemsize  # noqa: E741
+        forward, backward = self.launches
+        yield product(T, C, D, s)
+        yield moved(T, C, s + WIDE * forward, launches=forward)
+        yield product(T, O, C, s)
+        yield product(T, O, D, s, onto=True)
+        if shape.backward:
+            yield product(T, C, O, s)
+            yield moved(T, C, 3 * s + WIDE * (backward - 1), launches=backward)
+            yield product(O, C, T, s)
+            yield product(C, D, T, s)
+            yield product(T, D, C, s)
+            yield product(T, D, O, s, onto=True)
 
     def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
         return why_not_plain(base, x)

@@ -5,11 +5,13 @@
 
 import os
 from importlib.util import find_spec
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from molex.kernels.base import backends
 from molex.kernels.columns import Columns
+from molex.kernels.extend import Extend
 from molex.kernels.preload import Preload, Primitives
 from molex.routing import Routing
 
@@ -19,6 +21,8 @@ _YES = ("1", "true", "yes", "on", "y")  # as triton reads its environment
 @backends.register("triton")
 class Triton(Preload):
     """On a GPU, or anywhere in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+    launches: ClassVar[tuple[int, int]] = (0, 1)
 
     def primitives(self) -> Primitives:
         from molex.kernels.triton import gate_backward, shrink_gate, skinny_wgrad
@@ -35,3 +39,15 @@ class Triton(Preload):
         if x.dtype not in DTYPES:
             return f"its kernels take float32, bfloat16 and float16, not {x.dtype}"
         return super().supports(x, columns, routing, base)
+
+
+@backends.register("triton_extend")
+class TritonExtend(Triton, Extend):
+    """`extend`, with x copied while it is read for the shrink."""
+
+    def shrink_extend(
+        self, x: Tensor, A: Tensor, gates: Tensor, expert_of_column: Tensor, row_of_column: Tensor | None, width: int
+    ) -> tuple[Tensor, Tensor]:
+        from molex.kernels.triton import shrink_extend
+
+        return shrink_extend(x, A, gates, expert_of_column, row_of_column, width)

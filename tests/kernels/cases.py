@@ -41,7 +41,8 @@ def _every_third_alone(ids_TK: Tensor) -> Tensor:
 
 
 # triton's kernels run in its interpreter, in a process of their own: tests/kernels/triton
-HERE = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else [name for name in backends if name != "triton"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HERE = [name for name in backends if name.startswith("triton") == INTERPRETED]
 
 CASES = [
     Case("plain"),
