@@ -2,39 +2,75 @@
 
 import datetime
 import importlib.metadata
-import importlib.util
+import itertools
 import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("triton", "transformers", "peft", "scattermoe")
+FEWEST_ROUNDS = 10
+
+
+class Prepared:
+    """A step of which only the second part is timed; it takes what the first has made."""
+
+    def __init__(self, first: Callable[[], Any], timed: Callable[[Any], object]):
+        self.first, self.timed = first, timed
+
+    def ready(self) -> Callable[[], object]:
+        made = self.first()
+        return lambda: self.timed(made)
+
+
+Step = Callable[[], object] | Prepared
+
+
+def ready(step: Step) -> Callable[[], object]:
+    """What is left to time."""
+    return step.ready() if isinstance(step, Prepared) else step
+
+
+def rotating(sets: Sequence[Mapping[str, Step]]) -> dict[str, Step]:
+    """The same steps on several sets of tensors. Each call takes the next set, whoever calls, so that nobody finds in a
+    cache what was just used."""
+    turn = itertools.cycle(sets)
+    return {name: Prepared(lambda name=name: ready(next(turn)[name]), lambda step: step()) for name in sets[0]}
 
 
 def interleave(
-    steps: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 5, device: str = "cpu"
+    steps: Mapping[str, Step],
+    rounds: int,
+    warmup: int = 5,
+    device: str = "cpu",
+    seconds: float | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round; each round runs all steps, in a random order.
 
     On a GPU by its own events. On a CPU by the clock on the wall; with one thread by the process' own, which other
-    processes do not disturb.
+    processes do not disturb. After `seconds` of wall time no round is begun, once there are FEWEST_ROUNDS.
     """
     names, times = [*steps], {name: [] for name in steps}
     shuffle, timed = random.Random(0).shuffle, _timed_by_events if device == "cuda" else _timed_by_clock
+    start = time.perf_counter()
     for round_number in range(-warmup, rounds):
+        if seconds and round_number >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
+            break
         shuffle(names)
         for name in names:
-            seconds = timed(steps[name])
+            taken = timed(ready(steps[name]))
             if round_number >= 0:
-                times[name].append(seconds)
+                times[name].append(taken)
     return times
 
 
@@ -46,12 +82,37 @@ def _timed_by_clock(step: Callable[[], object]) -> float:
 
 
 def _timed_by_events(step: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     step()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of a step. Raises RuntimeError where something in it cannot be captured."""
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def in_graphs(steps: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """CUDA graphs of the steps that can be captured; of the others the reason is printed."""
+    graphs: dict[str, Callable[[], object]] = {}
+    for name, step in steps.items():
+        try:
+            graphs[name] = captured(step)
+        except RuntimeError as error:
+            print(f"no CUDA graph of {name}: {str(error).splitlines()[0]}", flush=True)
+    return graphs
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -77,19 +138,28 @@ def machine() -> dict[str, Any]:
         "load_1min": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
+        **_versions(),
         **(_gpu() if torch.cuda.is_available() else {}),
     }
 
 
+def _versions() -> dict[str, str]:
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
 def _gpu() -> dict[str, Any]:
-    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "none"
     memory = round(torch.cuda.get_device_properties(0).total_memory / 2**30)
-    return {
-        "gpu": torch.cuda.get_device_name(0),
-        "gpu_gib": memory,
-        "cuda": torch.version.cuda,
-        "triton": triton,
-    }
+    found = {"gpu": torch.cuda.get_device_name(0), "gpu_gib": memory, "cuda": torch.version.cuda}
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
+    return found
 
 
 def write(table: str, row: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, harness, layer, mixture_ffn, stack
+from benchmarks import ceilings, contestants, gpu, harness, layer, mixture_ffn, problem, stack
 from molex.kernels.dense import Dense
 
 
@@ -25,13 +25,44 @@ def rows(monkeypatch: pytest.MonkeyPatch, folder: Path, main: Callable[[], None]
 
 
 def test_a_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    flags = "--shapes 32x16x24 --experts 4x8x2,16x1x4 --rounds 2 --threads 1"
+    flags = "--shapes 32x16x24 --experts 4x8x2,32x1x4 --rounds 2 --threads 1 --routing zipf"
     found = rows(monkeypatch, tmp_path, layer.main, flags)
+    passes = ("forward", "backward", "forward and backward")
     assert [(row["timed"], row["ExRxK"]) for row in found] == [
-        (what, experts) for experts in ("4x8x2", "16x1x4") for what in ("forward", "forward and backward")
+        (what, experts) for experts in ("4x8x2", "32x1x4") for what in passes
     ]
-    wanted = {"lora", "lora, C", "loop", "every_expert", "dense", "preload", "grouped"}
-    assert all(row["times_base"].keys() == wanted for row in found)
+    wanted = {"lora", "lora, C", "meteora", "dense", "preload", "grouped"}
+    loops = {"loop", "meteora_loop", "every_expert", "xlora"}
+    assert all(row["times_base"].keys() >= wanted | loops for row in found[:3])
+    assert all(row["times_base"].keys() >= wanted and not row["times_base"].keys() & loops for row in found[3:])
+
+
+@pytest.mark.parametrize("name", [*contestants.CODES])
+def test_every_code_computes_the_equation(name: str) -> None:
+    """y_t = W x_t + Σ_k w_tk B_e A_e x_t, token by token."""
+    drawn = problem.Layer.draw((13, 8, 12), (4, 3, 2), "cpu", torch.float64, "zipf")
+    expected = []
+    for t, x_D in enumerate(drawn.x):
+        y_O = drawn.base(x_D)
+        for k, e in enumerate(drawn.expert_ids[t].tolist()):
+            own = slice(3 * e, 3 * e + 3)
+            y_O = y_O + drawn.weights[t, k] * (drawn.B[:, own] @ (drawn.A[own] @ x_D))
+        expected.append(y_O)
+    torch.testing.assert_close(contestants.CODES[name](drawn), torch.stack(expected))
+
+
+def test_routing_patterns() -> None:
+    random = torch.Generator().manual_seed(0)
+    ids = {pattern: problem.choose(pattern, 4000, 4, 2, random) for pattern in problem.PATTERNS}
+    assert all((row_TK[:, 0] != row_TK[:, 1]).all() for row_TK in ids.values())
+    shares = {pattern: row_TK.flatten().bincount(minlength=4) / 4000 for pattern, row_TK in ids.items()}
+    torch.testing.assert_close(shares["uniform"], torch.full((4,), 0.5), atol=0.05, rtol=0)
+    assert shares["zipf"].diff().max() < -0.05
+    assert shares["hot"][0] == 1
+    assert shares["empty"][0] == 0
+    assert shares["one_set"].tolist() == [1, 1, 0, 0]
+    first = problem.choose("zipf", 40000, 4, 1, random).flatten().bincount() / 40000
+    torch.testing.assert_close(first, torch.tensor([12, 6, 4, 3]) / 25, atol=0.02, rtol=0)
 
 
 def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -40,6 +71,45 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     with pytest.raises(AssertionError, match=r"dense y: 0\.01"):
         rows(monkeypatch, tmp_path, layer.main, "--shapes 32x16x24 --experts 4x8x2 --rounds 2 --threads 1")
     assert not list(tmp_path.iterdir())
+
+
+def test_floors() -> None:
+    """By hand: 10 tokens, 4 -> 8, 2 of 3 experts of rank 2, so 4 ranks at work and 6 stored; 4 bytes a number."""
+    drawn = problem.Layer.draw((10, 4, 8), (3, 2, 2), "cpu", torch.float32)
+    forward, backward = 10 * (4 * 8 + 4 * 12), 10 * (4 * 8 + 2 * 4 * 12)
+    arithmetic = ceilings.Ceilings(flops_per_second=2.0, bytes_per_second=float("inf"))
+    timed = ("forward", "backward", "forward and backward")
+    assert [ceilings.floor_seconds(drawn, what, arithmetic) for what in timed] == [
+        forward,
+        backward,
+        forward + backward,
+    ]
+    factors, x, y, W = 6 * 12, 40, 80, 32
+    forward, backward = 4 * (x + W + factors + y), 4 * (2 * x + W + 2 * factors + y)
+    traffic = ceilings.Ceilings(flops_per_second=float("inf"), bytes_per_second=1.0)
+    assert [ceilings.floor_seconds(drawn, what, traffic) for what in timed] == [forward, backward, forward + backward]
+
+
+def test_only_the_second_part_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def pass_time(seconds: float) -> float:
+        now[0] += seconds
+        return seconds
+
+    monkeypatch.setattr(harness.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: now[0])
+    step = harness.Prepared(lambda: pass_time(7), lambda made: pass_time(made / 7))
+    assert harness.interleave({"step": step}, rounds=3)["step"] == [1, 1, 1]
+    assert len(harness.interleave({"step": step}, rounds=50, warmup=0, seconds=90)["step"]) == 12
+
+
+def test_steps_rotate_through_their_sets() -> None:
+    calls: list[str] = []
+    named = harness.rotating([{n: (lambda n=n, i=i: calls.append(f"{n}{i}")) for n in "ab"} for i in range(3)])
+    for name in "abab":
+        harness.ready(named[name])()
+    assert calls == ["a0", "b1", "a2", "b0"]
 
 
 def test_decoder_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
