@@ -43,9 +43,8 @@ def meteora_loop(layer: Layer) -> Tensor:
 
 
 def _add_experts(layer: Layer, y_TO: Tensor) -> Tensor:
-    columns = layer.columns()
     for expert_id in range(layer.num_experts):
-        A_RD, B_OR = columns.expert(expert_id)
+        A_RD, B_OR = layer.expert(expert_id)
         tokens_N, slots_N = torch.where(layer.expert_ids == expert_id)
         y_NO = F.linear(F.linear(layer.x[tokens_N], A_RD), B_OR)
         y_TO.index_add_(0, tokens_N, y_NO * layer.weights[tokens_N, slots_N, None].to(y_NO.dtype))
@@ -64,17 +63,17 @@ def meteora(layer: Layer) -> Tensor:
 
 
 def every_expert(layer: Layer) -> Tensor:
-    columns, y_TO, gates_TE = layer.columns(), layer.base(layer.x), layer.routing().gates().to(layer.x.dtype)
+    y_TO, gates_TE = layer.base(layer.x), layer.routing().gates().to(layer.x.dtype)
     for expert_id in range(layer.num_experts):
-        A_RD, B_OR = columns.expert(expert_id)
+        A_RD, B_OR = layer.expert(expert_id)
         y_TO += F.linear(F.linear(layer.x, A_RD), B_OR) * gates_TE[:, expert_id, None]
     return y_TO
 
 
 def xlora(layer: Layer) -> Tensor:
-    columns, y_TO, gates_TE = layer.columns(), layer.base(layer.x), layer.routing().gates().to(layer.x.dtype)
+    y_TO, gates_TE = layer.base(layer.x), layer.routing().gates().to(layer.x.dtype)
     for expert_id in range(layer.num_experts):
-        A_RD, B_OR = columns.expert(expert_id)
+        A_RD, B_OR = layer.expert(expert_id)
         y_TO += F.linear(F.linear(layer.x * gates_TE[:, expert_id, None], A_RD), B_OR)
     return y_TO
 

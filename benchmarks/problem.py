@@ -89,6 +89,11 @@ class Layer:
     def columns(self) -> Columns:
         return Columns(self.A, self.B, (self.rank,) * self.num_experts, self.expert_of_column)
 
+    def expert(self, expert_id: int) -> tuple[Tensor, Tensor]:
+        """(R, D) and (O, R)."""
+        own = slice(expert_id * self.rank, (expert_id + 1) * self.rank)
+        return self.A[own], self.B[:, own]
+
     def routing(self) -> Routing:
         return Routing(self.expert_ids, self.weights, None, self.num_experts, normalised=True)
 

@@ -6,9 +6,11 @@
 base      the frozen model; its training step is forward and the gradient of its input, as below an adapter
 lora      PEFT's LoRA on all seven linears, of as many ranks as a token uses; "lora, C" of as many as there are
 molex     MoLA's router and experts on all seven linears, with each backend, or what the planner picks (auto)
+loop, meteora, every_expert, scattermoe     the same experts and gates as other codes compute them: `linears.py`
 
 Training is forward and backward of one sequence, without the optimizer. Decoding is one token without a cache, as a
 whole model's latency grows with its launches: as it is, and on a GPU captured in a CUDA graph, where that is possible.
+Before, every mixture must agree with the reference backend in float64, loss and gradients.
 """
 
 import argparse
@@ -23,10 +25,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import molex
-from benchmarks.harness import interleave, ratios, summary, write
+from benchmarks.harness import in_graphs, interleave, ratios, summary, write
+from benchmarks.linears import Way, replace, ways
 from molex.errors import BackendError
+from molex.kernels import backends
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CHECKED_TOKENS, TOLERANCE = 32, 2e-3  # relative RMS error in float32, which a GPU's kernels may multiply as TF32
 
 
 def build(arguments: argparse.Namespace) -> LlamaForCausalLM:
@@ -48,14 +53,30 @@ def build(arguments: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def with_lora(base: LlamaForCausalLM, rank: int) -> nn.Module:
-    return peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS))  # type: ignore[arg-type]
+    model = peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS))  # type: ignore[arg-type]
+    return awake(model)
 
 
 def with_experts(base: LlamaForCausalLM, arguments: argparse.Namespace, backend: str) -> nn.Module:
     settings = {"num_experts": arguments.experts, "rank": arguments.rank, "top_k": arguments.top_k}
     config = molex.preset("mola", targets=LINEARS, allocation=None, dropout=0.0, backend=backend, **settings)
+    torch.manual_seed(0)
     molex.convert(base, config)
-    return base
+    return awake(base)
+
+
+def with_way(base: LlamaForCausalLM, arguments: argparse.Namespace, way: Way) -> nn.Module:
+    return replace(with_experts(base, arguments, "dense").molex_mixture, way)  # type: ignore[arg-type]
+
+
+def awake(model: nn.Module) -> nn.Module:
+    """B is zero at the start, with which a GPU multiplies faster, and a wrong result is not seen."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def contestants(arguments: argparse.Namespace) -> dict[str, nn.Module]:
@@ -65,7 +86,7 @@ def contestants(arguments: argparse.Namespace) -> dict[str, nn.Module]:
     made: dict[str, nn.Module] = {"base": base}
     made |= {"lora": with_lora(copy.deepcopy(base), used), "lora, C": with_lora(copy.deepcopy(base), stored)}
     ids = torch.zeros(1, 2, dtype=torch.int64, device=arguments.device)
-    for backend in ("auto", "dense", "preload", "triton"):
+    for backend in ("auto", *(name for name in backends if name != "reference")):
         model = with_experts(copy.deepcopy(base), arguments, backend)
         try:
             with torch.no_grad():
@@ -74,7 +95,23 @@ def contestants(arguments: argparse.Namespace) -> dict[str, nn.Module]:
             print(f"without {backend}: {error}", flush=True)
         else:
             made[f"molex, {backend}"] = model
-    return made
+    return made | {name: with_way(copy.deepcopy(base), arguments, way) for name, way in ways().items()}
+
+
+def check(models: Mapping[str, nn.Module], arguments: argparse.Namespace) -> None:
+    """Refuses to time a mixture that is wrong. In float32: in a narrower type the gates may choose otherwise."""
+    ids = torch.randint(0, 1024, (1, CHECKED_TOKENS), device=arguments.device)
+    truth = results(with_experts(build(arguments), arguments, "reference").double(), ids)
+    for name in models.keys() - {"base", "lora", "lora, C"}:
+        error = (results(copy.deepcopy(models[name]).float(), ids) - truth).norm() / truth.norm()
+        assert error < TOLERANCE, f"{name}: relative error {error:.2g}"
+
+
+def results(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits and every trained parameter's gradient, each at unit norm, in one row of float64."""
+    output = model(input_ids=ids, labels=ids, use_cache=False)
+    grads = torch.autograd.grad(output.loss, [p for p in model.parameters() if p.requires_grad])
+    return torch.cat([part.detach().double().flatten() for part in (output.logits, *(g / g.norm() for g in grads))])
 
 
 def train_step(model: nn.Module, ids: Tensor) -> None:
@@ -89,59 +126,49 @@ def decode_step(model: nn.Module, ids: Tensor) -> None:
         model(input_ids=ids, use_cache=False)
 
 
-def captured(step: Callable[[], None]) -> Callable[[], object]:
-    """A CUDA graph of a step. Raises RuntimeError where something in it cannot be captured."""
-    graph = torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def peak_gib(step: Callable[[], object]) -> float:
+def peak_gib(model: nn.Module, step: Callable[[], object]) -> float:
+    """Of a step, with the model's own weights, without the other models'."""
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
-    return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+    own = sum(parameter.nbytes for parameter in model.parameters())
+    return round((torch.cuda.max_memory_allocated() - before + own) / 2**30, 3)
 
 
 def report(
     what: str, steps: Mapping[str, Callable[[], object]], num_tokens: int, arguments: argparse.Namespace
-) -> None:
-    times = interleave(steps, arguments.rounds, device=arguments.device)
-    row = {key: value for key, value in vars(arguments).items() if key not in ("device", "threads")}
-    row |= {"timed": what, "tokens_per_second": {n: summary([num_tokens / t for t in own]) for n, own in times.items()}}
+) -> dict[str, Any]:
+    warmup = 10 if arguments.device == "cuda" else 2
+    times = interleave(steps, arguments.rounds, warmup, arguments.device, arguments.seconds)
+    row = {key: value for key, value in vars(arguments).items() if key not in ("device", "threads", "seconds")}
+    row |= {"rounds": len(times["base"]), "timed": what}
+    row["tokens_per_second"] = {n: summary([num_tokens / t for t in own]) for n, own in times.items()}
     row["times_base"] = {name: ratios(own, times["base"]) for name, own in times.items() if name != "base"}
-    if arguments.device == "cuda" and what == "training":
-        row["peak_gib"] = {name: peak_gib(step) for name, step in steps.items()}
-    write("stack", row)
+    return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Decoder layers with experts against their base")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each row, once there are a few rounds")
     sizes = {"hidden": 4096, "inner": 14336, "layers": 4, "tokens": 8192, "experts": 8, "rank": 16, "top_k": 2}
     for name, size in {**sizes, "rounds": 20, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     models = contestants(arguments)
+    check(models, arguments)
     ids = torch.randint(0, 1024, (1, arguments.tokens), device=arguments.device)
-    report("training", {n: partial(train_step, model, ids) for n, model in models.items()}, ids.numel(), arguments)
-    one = {name: partial(decode_step, model.eval(), ids[:, :1]) for name, model in models.items()}
-    report("decoding", one, 1, arguments)
+    steps = {name: partial(train_step, model, ids) for name, model in models.items()}
+    row = report("training", steps, ids.numel(), arguments)
     if arguments.device == "cuda":
-        graphs: dict[str, Callable[[], object]] = {}
-        for name, step in one.items():
-            try:
-                graphs[name] = captured(step)
-            except RuntimeError as error:
-                print(f"no CUDA graph of {name}: {str(error).splitlines()[0]}", flush=True)
-        report("decoding, CUDA graph", graphs, 1, arguments)
+        row["peak_gib"] = {name: peak_gib(models[name], step) for name, step in steps.items()}
+    write("stack", row)
+    one = {name: partial(decode_step, model.eval(), ids[:, :1]) for name, model in models.items()}
+    write("stack", report("decoding", one, 1, arguments))
+    if arguments.device == "cuda":
+        write("stack", report("decoding, CUDA graph", in_graphs(one), 1, arguments))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ceilings, contestants, gpu, harness, layer, mixture_ffn, problem, stack
+from benchmarks import ceilings, contestants, gpu, harness, layer, linears, mixture_ffn, problem, stack
 from molex.kernels.dense import Dense
 
 
@@ -116,7 +116,17 @@ def test_decoder_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     flags = "--hidden 16 --inner 24 --layers 1 --tokens 8 --experts 2 --rank 2 --rounds 2 --threads 1"
     found = rows(monkeypatch, tmp_path, stack.main, flags)
     assert [row["timed"] for row in found] == ["training", "decoding"]
-    assert found[0]["times_base"].keys() == {"lora", "lora, C", "molex, auto", "molex, dense", "molex, preload"}
+    wanted = {"lora", "lora, C", "molex, auto", "molex, dense", "molex, preload", "loop", "meteora", "every_expert"}
+    assert all(row["times_base"].keys() >= wanted for row in found)
+
+
+def test_a_wrong_decoder_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    flags = "--hidden 16 --inner 24 --layers 1 --tokens 8 --experts 4 --rank 2 --rounds 2 --threads 1"
+    wrong = linears.Way(lambda drawn: 1.01 * contestants.loop(drawn), contestants.loop)
+    monkeypatch.setattr(stack, "ways", lambda: {"wrong": wrong})
+    with pytest.raises(AssertionError, match="wrong: relative error"):
+        rows(monkeypatch, tmp_path, stack.main, flags)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_feed_forward_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
