@@ -15,7 +15,7 @@ here call the base as it is, in its own input shape, and add.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,12 @@ Form = Literal["linear", "widen", "narrow"]
 
 
 class Backend(ABC):
-    """Subclasses override `pairs`, and whatever they compute faster than through it."""
+    """Subclasses override `pairs`, and whatever they compute faster than through it.
+
+    raced: `auto` takes it only after a race on the device, which shows that it is right and faster there.
+    """
+
+    raced: ClassVar[bool] = False
 
     def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
         """None, or the reason why this backend cannot run these shapes and dtypes, or over this base."""

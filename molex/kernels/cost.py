@@ -2,9 +2,8 @@
 
     seconds = Σ over steps of max(operations / peak, bytes / bandwidth) + launches · latency
 
-Only the ratios matter, to tell which plans are worth trying for a shape. Each backend says its own steps (`Backend.cost`).
-The arithmetic of every plan of the field is the same few numbers: an expert's share of a layer is limited by what it
-reads and writes, so a step is counted by the tensors that have to come and go, each once.
+Only the ratios matter, to tell which plans are worth trying for a shape; each backend says its own steps. The experts'
+share of a layer is limited by what it reads and writes, so a step counts the tensors that have to come and go, once.
 """
 
 from collections.abc import Iterable
@@ -60,7 +59,7 @@ class Ceilings(NamedTuple):
         """Measured on an H200, and on a processor's core; other devices have other numbers and much the same ratios."""
         if device.type == "cuda":
             return Ceilings(half=790e12, single=50e12, bandwidth=4.3e12, latency=4e-6)
-        return Ceilings(half=60e9, single=60e9, bandwidth=10e9, latency=3e-6)
+        return Ceilings(half=60e9, single=60e9, bandwidth=4e9, latency=3e-6)
 
 
 def seconds(steps: Iterable[Step], itemsize: int, ceilings: Ceilings) -> float:

@@ -3,9 +3,9 @@
     [x | g] · [W | B]ᵀ = x Wᵀ + g Bᵀ            dy · [W | B] = [dx | dg]
 
 y is written once and dy read once, and a token that is decoded has one launch less. It costs a copy of x beside g, and
-that the weight lies in rows of D + C numbers: the base's own weight becomes a view of them (the same Parameter, the same
-values), and B is copied in behind it at every use. By arithmetic it wins nothing over `preload` on many tokens, so it
-is there to be named, and `auto` moves nobody's weights.
+that the weight lies in rows of D + C numbers: the base's own weight becomes a view of them (the same Parameter, the
+same values), and B is copied in behind it at every use. By arithmetic it wins nothing over `preload` on many tokens, so
+it is there to be named, and `auto` moves nobody's weights.
 
 At B = 0 the base comes out up to rounding: zeros are summed with it, in another order.
 """
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from molex.kernels.base import backends
 from molex.kernels.columns import Columns
 from molex.kernels.cost import Shape, Step
-from molex.kernels.preload import Preload, gate_columns, shrink_gate, sum_rows, weight_of
+from molex.kernels.preload import Preload, gate_columns, sum_rows, weight_of
 from molex.routing import Routing
 
 ALIGNED = 8  # numbers: rows of 16-bit types begin at multiples of 16 bytes
@@ -43,11 +43,10 @@ class Extend(Preload):
     def steps(self, shape: Shape) -> Iterator[Step] | None:
         return None  # as preload's but for a copy of x, and for the weight, which `auto` leaves where it is
 
-    def shrink_extend(
-        self, x: Tensor, A: Tensor, gates: Tensor, expert_of_column: Tensor, row_of_column: Tensor | None, width: int
-    ) -> tuple[Tensor, Tensor]:
+    def shrink_extend(self, x: Tensor, columns: Columns, gates: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """hidden (T, C) and [x | gated | 0] (T, width)."""
-        hidden, gated = shrink_gate(x, A, gates, expert_of_column, row_of_column)
+        shrink_gate = Preload.primitives(self, columns).shrink_gate
+        hidden, gated = shrink_gate(x, columns.A, gates, columns.expert_of_column, columns.row_of_column)
         return hidden, F.pad(torch.cat([x, gated], dim=1), (0, width - x.shape[1] - gated.shape[1]))
 
     def linear(
@@ -63,8 +62,9 @@ class Extend(Preload):
         if dropped is not None or hidden is not None:  # base and experts read two tensors, or A x is there already
             return super().linear(x, base, columns, routing, dropped=dropped, hidden=hidden)
         rows_TD, memory = x.reshape(-1, x.shape[-1]), self.memory(base, columns.B)
-        factors = (columns.A, columns.B, routing.gates(), columns.expert_of_column, columns.row_of_column)
-        y_TO = _Extended.apply(rows_TD, memory, weight_of(base)[1], *factors, self)
+        y_TO = _Extended.apply(
+            rows_TD, memory, weight_of(base)[1], columns.A, columns.B, routing.gates(), columns, self
+        )
         return y_TO.view(*x.shape[:-1], len(memory))
 
     @torch.no_grad()
@@ -95,13 +95,12 @@ class _Extended(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         gates: Tensor,
-        expert_of_column: Tensor,
-        row_of_column: Tensor | None,
+        columns: Columns,
         plan: Extend,
     ) -> Tensor:
-        hidden, extended = plan.shrink_extend(x, A, gates, expert_of_column, row_of_column, memory.shape[1])
-        ctx.save_for_backward(x, A, B, gates, hidden, expert_of_column, row_of_column)
-        ctx.memory, ctx.primitives = memory, plan.primitives()
+        hidden, extended = plan.shrink_extend(x, columns, gates, memory.shape[1])
+        ctx.save_for_backward(x, A, B, gates, hidden, columns.expert_of_column, columns.row_of_column)
+        ctx.memory, ctx.primitives, ctx.rank = memory, plan.primitives(columns), columns.uniform_rank()
         return F.linear(extended, _behind(memory, B, x.shape[1]), bias)
 
     @staticmethod
@@ -117,8 +116,8 @@ class _Extended(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             d_A = sum_rows(ctx.primitives.weight_grad(d_hidden, x), rows, len(A)).to(A.dtype)
         if ctx.needs_input_grad[4]:
-            d_B = ctx.primitives.weight_grad(gate_columns(hidden, gates, owners), dy).T.to(B.dtype)
-        return d_x, None, None, d_A, d_B, d_gates if ctx.needs_input_grad[5] else None, None, None, None
+            d_B = ctx.primitives.weight_grad(gate_columns(hidden, gates, owners, ctx.rank), dy).T.to(B.dtype)
+        return d_x, None, None, d_A, d_B, d_gates if ctx.needs_input_grad[5] else None, None, None
 
 
 def _behind(memory: Tensor, B: Tensor, num_in: int) -> Tensor:

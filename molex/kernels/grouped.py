@@ -7,6 +7,7 @@ leaves rows past the last group unwritten, in the result and in the gradient. Th
 `where` on the way in and on the way out of each product: 0 * NaN is NaN, forward and backward.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from molex.kernels.base import Backend, backends
 from molex.kernels.columns import Columns
+from molex.kernels.cost import Shape, Step, moved, product
 from molex.routing import Routing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +34,25 @@ class Plan(NamedTuple):
 class Grouped(Backend):
     """Sorted pairs through `torch.nn.functional.grouped_mm`."""
 
+    def steps(self, shape: Shape) -> Iterator[Step] | None:
+        T, D, O, K, R, s = shape.num_tokens, shape.num_in, shape.num_out, shape.num_slots, shape.rank, shape.itemsize  # noqa: E741
+        loops = shape.num_experts if s == 4 else 1  # of products one after the other, but in 16 bits
+        yield product(T, O, D, s)
+        yield moved(shape.num_columns, D + 2 * O, s, launches=2)  # every factor is read, B is laid anew
+        yield moved(T * K, D, 4 * s, launches=8)  # sort, gather, mask
+        yield product(T * K, R, D, s)._replace(launches=loops)
+        yield product(T * K, O, R, s)._replace(launches=loops)
+        yield moved(T * K, O, 6 * s, launches=4)  # mask, unsort, sum
+        yield moved(T, O, 4 * s, launches=2)
+        if shape.backward:
+            yield product(T, D, O, s)
+            yield moved(T * K, O, 6 * s, launches=4)
+            yield product(T * K, R, O, s)._replace(launches=loops)
+            yield product(T * K, D, R, s)._replace(launches=loops)
+            yield Step(2 * T * K * R * (D + O), T * K * (D + O + 2 * R) * s, 2 * loops)
+            yield moved(T * K, D, 6 * s, launches=6)
+            yield moved(T, D, 4 * s, launches=2)
+
     def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
         num_out, num_in = columns.B.shape[0], x.shape[-1]
         per_row = 16 // x.element_size()
@@ -43,16 +64,32 @@ class Grouped(Backend):
             return "under torch.compile grouped_mm takes bfloat16 only"
         return None
 
+    def groups(self, plan: Plan) -> Tensor:
+        """What `multiply` is told of the groups; asked for once, for the two products of a layer."""
+        return plan.ends
+
+    def multiply(self, rows: Tensor, factors: Tensor, groups: Tensor) -> Tensor:
+        """Each row times its own expert's factor: (N, X), (E, Y, X) -> (N, Y). Rows past the last group may be
+        anything, in the result and in the gradient."""
+        return F.grouped_mm(rows, factors.transpose(1, 2), offs=groups)
+
     def pairs(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, columns: Columns) -> Tensor:
         plan = sort_pairs(expert_ids, len(columns.ranks))
-        return _unsort(_sorted_pairs(rows[plan.order], weights[plan.order], columns, plan), plan)
+        return _unsort(self._sorted_pairs(rows[plan.order], weights[plan.order], columns, plan), plan)
 
     def delta(self, x: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None = None) -> Tensor:
         num_tokens, num_slots = routing.expert_ids.shape
         plan = sort_pairs(routing.expert_ids.flatten(), len(columns.ranks))
-        rows_ND = x[plan.order // num_slots]
-        y_NO = _unsort(_sorted_pairs(rows_ND, routing.weights.flatten()[plan.order], columns, plan), plan)
+        rows_ND, weights_N = x[plan.order // num_slots], routing.weights.flatten()[plan.order]
+        y_NO = _unsort(self._sorted_pairs(rows_ND, weights_N, columns, plan), plan)
         return y_NO.view(num_tokens, num_slots, y_NO.shape[-1]).sum(1)
+
+    def _sorted_pairs(self, rows: Tensor, weights: Tensor, columns: Columns, plan: Plan) -> Tensor:
+        (A_ERD, B_EOR), groups = _padded(columns), self.groups(plan)
+        rows_ND = rows.where(plan.somebody, 0)
+        hidden_NR = self.multiply(rows_ND, A_ERD, groups).where(plan.somebody, 0)
+        gated_NR = (hidden_NR * weights[:, None]).to(rows.dtype).where(plan.somebody, 0)
+        return self.multiply(gated_NR, B_EOR, groups).where(plan.somebody, 0)
 
 
 def sort_pairs(expert_ids: Tensor, num_experts: int) -> Plan:
@@ -61,14 +98,6 @@ def sort_pairs(expert_ids: Tensor, num_experts: int) -> Plan:
     experts_E = torch.arange(num_experts, device=expert_ids.device)
     ends_E = torch.searchsorted(sorted_N, experts_E, right=True).to(torch.int32)
     return Plan(order_N, ends_E, (sorted_N < num_experts)[:, None])
-
-
-def _sorted_pairs(rows: Tensor, weights: Tensor, columns: Columns, plan: Plan) -> Tensor:
-    A_ERD, B_EOR = _padded(columns)
-    rows_ND = rows.where(plan.somebody, 0)
-    hidden_NR = F.grouped_mm(rows_ND, A_ERD.transpose(1, 2), offs=plan.ends).where(plan.somebody, 0)
-    gated_NR = (hidden_NR * weights[:, None]).to(rows.dtype).where(plan.somebody, 0)
-    return F.grouped_mm(gated_NR, B_EOR.transpose(1, 2), offs=plan.ends).where(plan.somebody, 0)
 
 
 def _unsort(sorted_rows: Tensor, plan: Plan) -> Tensor:

@@ -12,6 +12,7 @@ is `Primitives`: here in plain torch, in `triton_backend` as kernels.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -43,10 +44,12 @@ class Primitives(NamedTuple):
 class Preload(Dense):
     """Single linears and the narrow end of a block; the widening end is `dense`'s, which accumulates already."""
 
+    raced: ClassVar[bool] = True
     launches: ClassVar[tuple[int, int]] = (3, 4)  # that gating takes beside the products, forward and backward
 
-    def primitives(self) -> Primitives:
-        return Primitives(shrink_gate, gate_backward, weight_grad)
+    def primitives(self, columns: Columns) -> Primitives:
+        rank = columns.uniform_rank()
+        return Primitives(partial(shrink_gate, rank=rank), partial(gate_backward, rank=rank), weight_grad)
 
     def steps(self, shape: Shape) -> Iterator[Step] | None:
         T, D, O, C, s = shape.num_tokens, shape.num_in, shape.num_out, shape.num_columns, shape.itemsize  # noqa: E741
@@ -84,7 +87,8 @@ class Preload(Dense):
         source = None if dropped is None else dropped.reshape(rows_TD.shape)
         owners, rows = columns.expert_of_column, columns.row_of_column
         factors = (columns.A, columns.B, routing.gates(), owners, rows)
-        return _Linear.apply(rows_TD, source, W, bias, *factors, self.primitives()).view(*x.shape[:-1], len(W))
+        how = (self.primitives(columns), columns.uniform_rank())
+        return _Linear.apply(rows_TD, source, W, bias, *factors, *how).view(*x.shape[:-1], len(W))
 
     def narrow_add(self, mixed: Tensor, streams: Tensor, base: nn.Module, columns: Columns, routing: Routing) -> Tensor:
         gated_TC = gated_streams(streams, columns, routing).to(mixed.dtype)
@@ -134,11 +138,12 @@ class _Linear(torch.autograd.Function):
         expert_of_column: Tensor,
         row_of_column: Tensor | None,
         primitives: Primitives,
+        rank: int | None,
     ) -> Tensor:
         read = x if source is None else source
         hidden, gated = primitives.shrink_gate(read, A, gates, expert_of_column, row_of_column)
         ctx.save_for_backward(read, W, A, B, gates, hidden, expert_of_column, row_of_column)
-        ctx.primitives, ctx.apart = primitives, source is not None
+        ctx.primitives, ctx.rank, ctx.apart = primitives, rank, source is not None
         return folded(x, W, bias, gated, B)
 
     @staticmethod
@@ -149,7 +154,7 @@ class _Linear(torch.autograd.Function):
         d_x = d_source = d_A = d_B = d_gates = None
         d_gated = dy @ B
         if needs_B:
-            d_B = ctx.primitives.weight_grad(gate_columns(hidden, gates, owners), dy).T.to(B.dtype)
+            d_B = ctx.primitives.weight_grad(gate_columns(hidden, gates, owners, ctx.rank), dy).T.to(B.dtype)
         d_hidden, d_gates = ctx.primitives.gate_backward(d_gated, hidden, gates, owners)
         if needs_A:
             d_A = sum_rows(ctx.primitives.weight_grad(d_hidden, read), rows, len(A)).to(A.dtype)
@@ -159,7 +164,7 @@ class _Linear(torch.autograd.Function):
                 d_x, d_source = dy @ W if needs_x else None, through_experts
             else:
                 d_x = through_experts.addmm_(dy, W)
-        return d_x, d_source, None, None, d_A, d_B, d_gates if needs_gates else None, None, None, None
+        return d_x, d_source, None, None, d_A, d_B, d_gates if needs_gates else None, *[None] * 4
 
 
 def sum_rows(by_column: Tensor, row_of_column: Tensor | None, num_rows: int) -> Tensor:
@@ -170,23 +175,30 @@ def sum_rows(by_column: Tensor, row_of_column: Tensor | None, num_rows: int) -> 
 
 
 def shrink_gate(
-    x: Tensor, A: Tensor, gates: Tensor, expert_of_column: Tensor, row_of_column: Tensor | None
+    x: Tensor, A: Tensor, gates: Tensor, expert_of_column: Tensor, row_of_column: Tensor | None, *, rank: int | None
 ) -> tuple[Tensor, Tensor]:
     hidden_TC = F.linear(x, A)
     hidden_TC = hidden_TC if row_of_column is None else hidden_TC[:, row_of_column]
-    return hidden_TC, gate_columns(hidden_TC, gates, expert_of_column)
+    return hidden_TC, gate_columns(hidden_TC, gates, expert_of_column, rank)
 
 
-def gate_columns(hidden: Tensor, gates: Tensor, expert_of_column: Tensor) -> Tensor:
-    """(T, C) times each column's gate, in its own dtype."""
-    return (hidden * gates[:, expert_of_column]).to(hidden.dtype)
+def gate_columns(hidden: Tensor, gates: Tensor, expert_of_column: Tensor, rank: int | None) -> Tensor:
+    """(T, C) times each column's gate, in its own dtype. rank: of every expert, where all have the same."""
+    if rank is None:
+        return (hidden * gates[:, expert_of_column]).to(hidden.dtype)
+    return (hidden.unflatten(1, (-1, rank)) * gates[..., None]).flatten(1).to(hidden.dtype)
 
 
-def gate_backward(grad_gated: Tensor, hidden: Tensor, gates: Tensor, expert_of_column: Tensor) -> tuple[Tensor, Tensor]:
+def gate_backward(
+    grad_gated: Tensor, hidden: Tensor, gates: Tensor, expert_of_column: Tensor, *, rank: int | None
+) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(gates.dtype, torch.float32)
     products_TC = grad_gated.to(wide) * hidden.to(wide)
-    grad_gates_TE = torch.zeros_like(gates).index_add_(1, expert_of_column, products_TC)
-    return gate_columns(grad_gated, gates, expert_of_column), grad_gates_TE
+    if rank is None:
+        grad_gates_TE = torch.zeros_like(gates).index_add_(1, expert_of_column, products_TC)
+    else:
+        grad_gates_TE = products_TC.unflatten(1, (-1, rank)).sum(-1)
+    return gate_columns(grad_gated, gates, expert_of_column, rank), grad_gates_TE
 
 
 def weight_grad(left: Tensor, right: Tensor) -> Tensor:

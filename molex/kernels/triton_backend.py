@@ -24,7 +24,7 @@ class Triton(Preload):
 
     launches: ClassVar[tuple[int, int]] = (0, 1)
 
-    def primitives(self) -> Primitives:
+    def primitives(self, columns: Columns) -> Primitives:
         from molex.kernels.triton import gate_backward, shrink_gate, skinny_wgrad
 
         return Primitives(shrink_gate, gate_backward, skinny_wgrad)
@@ -45,9 +45,7 @@ class Triton(Preload):
 class TritonExtend(Triton, Extend):
     """`extend`, with x copied while it is read for the shrink."""
 
-    def shrink_extend(
-        self, x: Tensor, A: Tensor, gates: Tensor, expert_of_column: Tensor, row_of_column: Tensor | None, width: int
-    ) -> tuple[Tensor, Tensor]:
+    def shrink_extend(self, x: Tensor, columns: Columns, gates: Tensor, width: int) -> tuple[Tensor, Tensor]:
         from molex.kernels.triton import shrink_extend
 
-        return shrink_extend(x, A, gates, expert_of_column, row_of_column, width)
+        return shrink_extend(x, columns.A, gates, columns.expert_of_column, columns.row_of_column, width)

@@ -31,9 +31,10 @@ class TritonGrouped(Triton):
 
     def steps(self, shape: Shape) -> Iterator[Step] | None:
         T, D, O, K, R, s = shape.num_tokens, shape.num_in, shape.num_out, shape.num_slots, shape.rank, shape.itemsize  # noqa: E741
-        columns = shape.num_experts * R
+        columns = min(shape.num_experts, T * K) * R  # that are used
         yield product(T, O, D, s)
         yield moved(T, K, 8 * WIDE, launches=SORTING)
+        yield moved(columns, D + O, s, launches=0)
         yield product(T * K, R, D, s)
         yield product(T * K, O, R, s, onto=True)
         if shape.backward:

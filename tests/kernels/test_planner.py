@@ -1,23 +1,33 @@
 """The planner: an explicit choice runs or raises, an automatic one says why, once per shape."""
 
 import logging
+import re
+import time
+from typing import Any
 
 import pytest
 import torch
 
 from molex.errors import BackendError, ConfigError
-from molex.kernels import Columns, Planner, backends, columns_of
+from molex.kernels import Backend, Columns, Planner, backends, columns_of
+from molex.kernels.dense import Dense
+from molex.kernels.race import Layer, race
 from molex.routing import Routing
 from tests.kernels.cases import HERE
 
 
 def shapes(
-    ranks: tuple[int, ...], top_k: int, num_in: int = 16, dtype: torch.dtype = torch.float32
+    ranks: tuple[int, ...],
+    top_k: int,
+    num_in: int = 256,
+    dtype: torch.dtype = torch.float32,
+    num_tokens: int = 3,
 ) -> tuple[torch.Tensor, Columns, Routing, torch.nn.Linear]:
-    columns = Columns(torch.zeros(sum(ranks), num_in), torch.zeros(16, sum(ranks)), ranks, columns_of(ranks)).to(dtype)
-    ids_TK = torch.zeros(3, top_k, dtype=torch.int64)
-    base = torch.nn.Linear(num_in, 16, dtype=dtype).requires_grad_(False)
-    return torch.zeros(3, num_in, dtype=dtype), columns, Routing(ids_TK, torch.ones(3, top_k), None, len(ranks)), base
+    columns = Columns(torch.zeros(sum(ranks), num_in), torch.zeros(256, sum(ranks)), ranks, columns_of(ranks)).to(dtype)
+    ids_TK = torch.arange(top_k).expand(num_tokens, -1).clone()
+    base = torch.nn.Linear(num_in, 256, dtype=dtype).requires_grad_(False)
+    routing = Routing(ids_TK, torch.ones(num_tokens, top_k), None, len(ranks))
+    return torch.zeros(num_tokens, num_in, dtype=dtype), columns, routing, base
 
 
 def picked(planner: Planner, problem: tuple[torch.Tensor, Columns, Routing, torch.nn.Linear]) -> str:
@@ -47,24 +57,100 @@ def test_an_unknown_name_lists_the_known() -> None:
         Planner("dens")
 
 
-def test_auto_goes_by_the_columns() -> None:
+def test_auto_goes_by_columns_experts_a_token_and_tokens() -> None:
     planner = Planner()
-    assert picked(planner, shapes((16,) * 8, 2)) == "dense"
-    assert picked(planner, shapes((16,) * 64, 2)) == "grouped"
-    assert picked(planner, shapes((16,) * 64, 8)) == "dense"
+    assert picked(planner, shapes((16,) * 8, 2, num_tokens=2048)) == "dense"
+    assert picked(planner, shapes((16,) * 64, 2, num_tokens=2048)) == "grouped"
+    assert picked(planner, shapes((16,) * 64, 16, num_tokens=2048)) == "dense"
+    assert picked(planner, shapes((16,) * 64, 2, num_tokens=1)) == "dense"
 
 
 def test_auto_says_once_per_shape_what_and_why(caplog: pytest.LogCaptureFixture) -> None:
     planner = Planner()
     with caplog.at_level(logging.INFO, logger="molex"):
-        for _ in range(3):
-            planner.pick(*shapes((16,) * 8, 2))
-            planner.pick(*shapes((16,) * 64, 2, dtype=torch.float64))
-    assert [record.getMessage() for record in caplog.records] == [
-        "D=16 O=16 C=128 K=2 torch.float32: backend dense (C=128 is at most 500)",
-        "D=16 O=16 C=1024 K=2 torch.float64: backend dense (grouped is faster at C=1024, but "
-        "grouped_mm takes float32, bfloat16 and float16, not torch.float64)",
-    ]
+        for num_tokens in (2000, 2000, 1500):
+            planner.pick(*shapes((16,) * 8, 2, num_tokens=num_tokens))
+            planner.pick(*shapes((16,) * 64, 2, num_tokens=num_tokens, dtype=torch.float64))
+    first, second = [record.getMessage() for record in caplog.records]
+    assert first == "T<=2048 D=256 O=256 C=128 K=2 torch.float32: backend dense (predicted to be fastest, or nearly)"
+    pattern = (
+        r"T<=2048 D=256 O=256 C=1024 K=2 torch.float64: backend dense "
+        r"\(grouped is predicted at 0\.\d\d of dense's time, "
+        r"but grouped_mm takes float32, bfloat16 and float16, not torch.float64\)"
+    )
+    assert re.fullmatch(pattern, second)
+
+
+def test_a_base_that_hides_its_weight_is_picked_for_apart() -> None:
+    """The same shape over another base: what was decided for the plain one does not hold there."""
+    planner, (x, columns, routing, base) = Planner(), shapes((16,) * 8, 2)
+    hooked = torch.nn.Linear(256, 256).requires_grad_(False)
+    hooked.register_forward_hook(lambda module, inputs, output: output)
+    decided: list[bool] = []
+    planner._decide = lambda x, c, r, base, f, t: (decided.append(base is hooked), ("dense", ""))[1]  # type: ignore[method-assign]
+    for each in (base, hooked, base, hooked):
+        planner.pick(x, columns, routing, each)
+    assert decided == [False, True]
+
+
+class Slow(Dense):
+    """Right, after a while."""
+
+    def linear(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        time.sleep(0.005)
+        return super().linear(*args, **kwargs)
+
+
+class Wrong(Dense):
+    """Two percent more of the experts than there should be."""
+
+    def linear(
+        self, x: torch.Tensor, base: torch.nn.Module, columns: Columns, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        return super().linear(x, base, columns._replace(B=columns.B * 1.03), *args, **kwargs)
+
+
+class Broken(Dense):
+    def linear(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise OSError("no such instruction\nin the second line")
+
+
+def test_a_race_is_won_by_the_fastest_of_those_that_are_right(caplog: pytest.LogCaptureFixture) -> None:
+    x, columns, routing, base = shapes((8,) * 4, 2, num_tokens=64)  # B is zero: on it nobody would be wrong
+    layer = Layer.like(x, base, columns, routing)
+    contestants = {"slow": Slow(), "dense": Dense(), "wrong": Wrong(), "broken": Broken()}
+    with caplog.at_level(logging.WARNING, logger="molex"):
+        times = race(layer, contestants, Dense())
+    assert set(times) == {"slow", "dense"}
+    assert min(times, key=times.__getitem__) == "dense"
+    said = [record.getMessage() for record in caplog.records]
+    assert "backend wrong computes something else here" in said[0]
+    assert said[1] == "backend broken does not run here and is not used: no such instruction"
+
+
+def test_where_plans_race_the_winner_is_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    raced: list[set[str]] = []
+
+    def pretend(layer: Layer, contestants: dict[str, Backend], yardstick: Backend) -> dict[str, float]:
+        raced.append({*contestants})
+        return {"dense": 2e-6, "preload": 1e-6}
+
+    monkeypatch.setattr("molex.kernels.planner._may_race", lambda x: True)
+    monkeypatch.setattr("molex.kernels.planner.race", pretend)
+    planner = Planner()
+    with caplog.at_level(logging.INFO, logger="molex"):
+        names = [picked(planner, shapes((16,) * 8, 2, num_tokens=300)) for _ in range(2)]
+    assert names == ["preload", "preload"]
+    assert raced == [{"dense", "preload"}]
+    assert caplog.records[-1].getMessage().endswith("backend preload (microseconds here: preload 1, dense 2)")
+    with torch.no_grad():  # without the pass back another plan may be best
+        picked(planner, shapes((16,) * 8, 2, num_tokens=300))
+    assert len(raced) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there they may race")
+def test_on_a_processor_nothing_races() -> None:
+    assert picked(Planner(), shapes((16,) * 8, 2, num_tokens=300)) == "dense"
 
 
 def test_the_environment_replaces_auto_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
