@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import ceilings, contestants, gpu, harness, layer, linears, mixture_ffn, problem, stack
+from benchmarks import ceilings, contestants, gpu, harness, layer, linears, mixture_ffn, problem, stack, training_step
 from molex.kernels.dense import Dense
+from molex.losses import LoadBalance
 
 
 def rows(monkeypatch: pytest.MonkeyPatch, folder: Path, main: Callable[[], None], flags: str) -> list[dict[str, Any]]:
@@ -135,6 +136,29 @@ def test_a_feed_forward_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert found["milliseconds"].keys() == {"base", "shared", "textbook", "dense", "preload"}
     base, expert = 2 * 3 * 16 * 24, 3 * 2 * 3 * 2 * (16 + 24)  # multiplications a token, by hand
     assert found["flops"]["shared"] == round((base * 4 / 3 + expert) / (base + expert), 3)
+
+
+STEP = "--hidden 16 --inner 24 --layers 1 --tokens 8 --experts 4 --rank 2 --rounds 2 --threads 1"
+
+
+def test_a_training_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (found,) = rows(monkeypatch, tmp_path, training_step.main, STEP)
+    ours = {"molex, dense", "molex, preload"}
+    assert found["times_base"].keys() >= {"shared", "textbook"} | ours
+    assert found["shared_over"].keys() >= ours
+    assert found["textbook_over"].keys() >= ours
+
+
+@pytest.mark.parametrize("wrong", ["RoutedBlock.forward", "LoadBalance.__call__"])
+def test_a_wrong_training_step_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str) -> None:
+    """One of the two sides 1% off: the block of the others, or the loss of ours."""
+    owner: Any = {"RoutedBlock": training_step.RoutedBlock, "LoadBalance": LoadBalance}[wrong.partition(".")[0]]
+    method = wrong.partition(".")[2]
+    right = getattr(owner, method)
+    monkeypatch.setattr(owner, method, lambda *call: 1.01 * right(*call))
+    with pytest.raises(AssertionError, match="relative error"):
+        rows(monkeypatch, tmp_path, training_step.main, STEP)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

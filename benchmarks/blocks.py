@@ -1,0 +1,124 @@
+"""Ways of computing a MixLoRA feed-forward block, (block, x (T, D)) -> y (T, D).
+
+base      the frozen block alone
+shared    MoE-PEFT's code: the base's gate and up once for all tokens; then, expert by expert, act(gate + Δ) * (up + Δ)
+          on its tokens and the base's down projection of these: K times over all tokens
+textbook  every chosen expert is a whole block: gate, up and down of its tokens, all K times
+and molex's, every base projection once: its widen and narrow through a backend.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molex.kernels import Columns, backends, columns_of
+from molex.routing import Routing
+
+NAMES = ("gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A frozen SwiGLU block, the factors of its experts for each of NAMES, A (C, ·) and B (·, C), and a routing whose
+    weights (T, K) sum to 1."""
+
+    rank: int
+    base: Mapping[str, nn.Module]
+    A: Mapping[str, Tensor]
+    B: Mapping[str, Tensor]
+    weights: Tensor
+    expert_ids: Tensor
+    expert_of_column: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.A["gate"]) // self.rank
+
+    def columns(self, name: str, dtype: torch.dtype) -> Columns:
+        return Columns(self.A[name], self.B[name], (self.rank,) * self.num_experts, self.expert_of_column).to(dtype)
+
+    def routing(self) -> Routing:
+        return Routing(self.expert_ids, self.weights, None, self.num_experts, normalised=True)
+
+    def delta(self, name: str, expert_id: int, x: Tensor) -> Tensor:
+        """What one expert adds to one projection."""
+        own = slice(expert_id * self.rank, (expert_id + 1) * self.rank)
+        return F.linear(F.linear(x, self.A[name][own].to(x.dtype)), self.B[name][:, own].to(x.dtype))
+
+
+Method = Callable[[Block, Tensor], Tensor]
+
+
+def base_alone(block: Block, x: Tensor) -> Tensor:
+    return block.base["down"](F.silu(block.base["gate"](x)) * block.base["up"](x))
+
+
+def textbook(block: Block, x: Tensor) -> Tensor:
+    return _expert_by_expert(block, x, lambda name, tokens_N: block.base[name](x[tokens_N]))
+
+
+def shared(block: Block, x: Tensor) -> Tensor:
+    of_all = {name: block.base[name](x) for name in ("gate", "up")}
+    return _expert_by_expert(block, x, lambda name, tokens_N: of_all[name][tokens_N])
+
+
+def _expert_by_expert(block: Block, x: Tensor, base_of: Callable[[str, Tensor], Tensor]) -> Tensor:
+    y_TD = torch.zeros_like(x)
+    for expert_id in range(block.num_experts):
+        tokens_N, slots_N = torch.where(block.expert_ids == expert_id)
+        own_ND = x[tokens_N]
+        gate_NI, up_NI = (base_of(name, tokens_N) + block.delta(name, expert_id, own_ND) for name in ("gate", "up"))
+        inner_NI = F.silu(gate_NI) * up_NI
+        out_ND = block.base["down"](inner_NI) + block.delta("down", expert_id, inner_NI)
+        y_TD.index_add_(0, tokens_N, out_ND * block.weights[tokens_N, slots_N, None].to(out_ND.dtype))
+    return y_TD
+
+
+class Ours(NamedTuple):
+    method: Method
+    supports: Callable[[Block, Tensor], str | None]  # the reason why it cannot run this block here
+
+
+def through(backend: str) -> Ours:
+    kernel = backends[backend]()
+
+    def supports(block: Block, x: Tensor) -> str | None:
+        return kernel.supports(x, block.columns("gate", x.dtype), block.routing(), block.base["gate"])
+
+    def method(block: Block, x: Tensor) -> Tensor:
+        routing, (gate, up, down) = block.routing(), (block.columns(name, x.dtype) for name in NAMES)
+        everyone = routing._replace(weights=torch.ones_like(routing.weights))
+        gate_KTI = kernel.widen(x, block.base["gate"], gate, everyone)
+        up_KTI = kernel.widen(x, block.base["up"], up, everyone)
+        return kernel.narrow(F.silu(gate_KTI) * up_KTI, block.base["down"], down, routing, routing.weights)
+
+    return Ours(method, supports)
+
+
+THEIRS: dict[str, Method] = {"shared": shared, "textbook": textbook}
+OURS: dict[str, Ours] = {
+    "dense": through("dense"),
+    "preload": through("preload"),
+    "triton": through("triton"),
+}
+
+
+def contestants(block: Block, x: Tensor) -> dict[str, Method]:
+    """All that can run here; of every other the reason is printed."""
+    found = {"base": base_alone, **THEIRS}
+    for name, ours in OURS.items():
+        reason = ours.supports(block, x)
+        if reason is None:
+            found[name] = ours.method
+        else:
+            print(f"without {name}: {reason}", flush=True)
+    return found
+
+
+def owners(num_experts: int, rank: int) -> Tensor:
+    """expert_of_column (C,)."""
+    return columns_of((rank,) * num_experts)

@@ -1,0 +1,198 @@
+"""A whole MixLoRA training step of a small Llama (router, losses, backward, AdamW) against other ways of computing it.
+
+    python -m benchmarks.training_step [--device cuda] [--dtype bfloat16] [--rounds 20]
+    python -m benchmarks.training_step --hidden 2048 --inner 5632 --layers 2 --tokens 256 --threads 1
+
+base              the frozen model, forward and the gradient of its input, without an optimizer
+textbook, shared  MixLoRA's experts by the textbook's equation and as MoE-PEFT computes them (`blocks.py`), plain LoRAs
+                  on attention, load balance over all layers
+molex, BACKEND    `molex.preset("mixlora")`
+
+All start from the same numbers, and must first agree with the textbook in float64, loss and gradients.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+import molex
+from benchmarks.blocks import NAMES, OURS, THEIRS, Block, Method
+from benchmarks.harness import interleave, ratios, summary, write
+from benchmarks.stack import awake, build
+from molex.errors import BackendError
+from molex.experts.lora import LoRABank
+from molex.layer import MixtureLinear
+from molex.mixture import Mixture
+
+BALANCE, RATE, CHECKED_TOKENS, TOLERANCE = 1e-3, 1e-4, 32, 2e-3
+
+
+class PlainLoRA(nn.Module):
+    """What PEFT computes, without its dispatch."""
+
+    def __init__(self, layer: MixtureLinear):
+        super().__init__()
+        assert isinstance(layer.experts, LoRABank)
+        self.base, self.lora_A, self.lora_B = layer.base, layer.experts.lora_A, layer.experts.lora_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+
+class RoutedBlock(nn.Module):
+    """A feed-forward block with MixLoRA's experts. It keeps its logits (T, E) for the balance loss."""
+
+    logits: Tensor
+
+    def __init__(self, layers: Mapping[str, MixtureLinear], method: Method):
+        super().__init__()
+        banks = {name: layer.experts for name, layer in layers.items()}
+        first: Any = layers["gate"].router
+        self.gate, self.top_k, self.method = first.gate.weight, first.config.top_k, method
+        self.rank = banks["gate"].ranks[0]
+        self.base = nn.ModuleDict({name: layer.base for name, layer in layers.items()})
+        self.A = nn.ParameterDict({name: bank.lora_A for name, bank in banks.items()})
+        self.B = nn.ParameterDict({name: bank.lora_B for name, bank in banks.items()})
+        self.owners = banks["gate"].expert_of_column
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        self.logits = F.linear(rows.to(self.gate.dtype), self.gate)
+        picked = self.logits.softmax(-1).topk(self.top_k)
+        weights = picked.values / picked.values.sum(-1, keepdim=True)
+        base, A, B = dict(self.base.items()), dict(self.A), dict(self.B)
+        block = Block(self.rank, base, A, B, weights, picked.indices, self.owners)  # type: ignore[arg-type]
+        return self.method(block, rows).view(x.shape)
+
+
+def replace(mixture: Mixture, method: Method) -> nn.Module:
+    """The mixture's model with RoutedBlock and PlainLoRA in place of its layers."""
+    layers = mixture.layers
+    blocks = {name.removesuffix(".gate_proj") for name in layers if name.endswith(".gate_proj")}
+    found: dict[str, nn.Module] = {
+        block: RoutedBlock({name: layers[f"{block}.{name}_proj"] for name in NAMES}, method) for block in blocks
+    }
+    found |= {name: PlainLoRA(layer) for name, layer in layers.items() if name.rpartition(".")[0] not in blocks}
+    model = mixture.revert()
+    for name, module in found.items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, module)
+    return model
+
+
+def convert(base: LlamaForCausalLM, arguments: argparse.Namespace, backend: str) -> nn.Module:
+    sizes = {"num_experts": arguments.experts, "rank": arguments.rank, "alpha": arguments.rank}
+    torch.manual_seed(0)
+    molex.convert(base, molex.preset("mixlora", backend=backend, dropout=0.0, top_k=arguments.top_k, **sizes))
+    return awake(base)
+
+
+def contestants(arguments: argparse.Namespace) -> dict[str, nn.Module]:
+    """Every model that runs here; of the others the reason is printed."""
+    base = build(arguments)
+    made: dict[str, nn.Module] = {"base": base}
+    for name, method in THEIRS.items():
+        mixture: Any = convert(copy.deepcopy(base), arguments, "dense").molex_mixture
+        made[name] = replace(mixture, method)
+    for backend in OURS:
+        model = convert(copy.deepcopy(base), arguments, backend)
+        try:
+            with torch.no_grad():
+                model(torch.zeros(1, 2, dtype=torch.int64, device=arguments.device))
+        except BackendError as error:
+            print(f"without {backend}: {error}", flush=True)
+        else:
+            made[f"molex, {backend}"] = model
+    return made
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Language modelling, and MixLoRA's balance: E · Σ_e f_e P_e over the tokens of all layers."""
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    mixture: Any = getattr(model, "molex_mixture", None)
+    if mixture is not None:
+        return loss + mixture.aux_loss()
+    blocks = [module for module in model.modules() if isinstance(module, RoutedBlock)]
+    if not blocks:
+        return loss
+    probs_NE = torch.cat([block.logits for block in blocks]).softmax(-1)
+    num_experts = probs_NE.shape[1]
+    share_E = F.one_hot(probs_NE.topk(blocks[0].top_k).indices, num_experts).sum(1).to(probs_NE.dtype).mean(0)
+    return loss + BALANCE * num_experts * (share_E * probs_NE.mean(0)).sum()
+
+
+def results(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """The loss and the gradients, which have their own names in every kind of model, by shape and order."""
+    loss = loss_of(model, ids)
+    trained = [parameter for _, parameter in sorted(model.named_parameters(), key=_place) if parameter.requires_grad]
+    grads = torch.autograd.grad(loss, trained)
+    found = {f"gradient {number} {tuple(grad.shape)}": grad.double() for number, grad in enumerate(grads)}
+    return {"loss": loss.detach().double(), **found}
+
+
+def _place(named: tuple[str, Tensor]) -> str:
+    """The same order for `…mlp.up_proj.experts.lora_A` and `…mlp.A.up`."""
+    name = named[0]
+    for projection in NAMES:
+        name = name.replace(f"mlp.A.{projection}", f"mlp.{projection}_proj.experts.lora_A")
+        name = name.replace(f"mlp.B.{projection}", f"mlp.{projection}_proj.experts.lora_B")
+    return name.replace("mlp.gate_proj.router.gate.weight", "mlp.gate").replace("experts.", "")
+
+
+def check(models: Mapping[str, nn.Module], arguments: argparse.Namespace) -> None:
+    """Refuses to time a model that is wrong. In float32: in a narrower type the gates may choose otherwise."""
+    ids = torch.randint(0, 1024, (1, CHECKED_TOKENS), device=arguments.device)
+    truth = results(copy.deepcopy(models["textbook"]).double(), ids)
+    for name in models.keys() - {"base"}:
+        found = results(copy.deepcopy(models[name]).float(), ids)
+        assert found.keys() == truth.keys(), f"{name}: {found.keys() ^ truth.keys()}"
+        for what, value in found.items():
+            error = (value - truth[what]).norm() / truth[what].norm()
+            assert error < TOLERANCE, f"{name}, {what}: relative error {error:.2g}"
+
+
+def training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE) if trained else None
+
+    def step() -> None:
+        loss_of(model, ids).backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="MixLoRA's training step against the textbook's and its own code's")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--seconds", type=float, default=60.0, help="once there are a few rounds")
+    sizes = {"hidden": 1024, "inner": 2816, "layers": 2, "tokens": 1024, "experts": 8, "rank": 16, "top_k": 2}
+    for name, size in {**sizes, "rounds": 30, "threads": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    models = contestants(arguments)
+    check(models, arguments)
+    ids = torch.randint(0, 1024, (1, arguments.tokens), device=arguments.device)
+    steps = {name: training_step(model, ids) for name, model in models.items()}
+    warmup = 10 if arguments.device == "cuda" else 1
+    times = interleave(steps, arguments.rounds, warmup, arguments.device, arguments.seconds)
+    row = {name: getattr(arguments, name) for name in (*sizes, "dtype")} | {"rounds": len(times["base"])}
+    row["milliseconds"] = {name: summary([1e3 * t for t in own]) for name, own in times.items()}
+    row["times_base"] = {name: ratios(own, times["base"]) for name, own in times.items() if name != "base"}
+    ours = [name for name in times if name.startswith("molex")]
+    row |= {f"{name}_over": {own: ratios(times[name], times[own]) for own in ours} for name in THEIRS}
+    write("training_step", row)
+
+
+if __name__ == "__main__":
+    main()
