@@ -4,6 +4,7 @@ from molex.kernels import (  # noqa: F401 (registers the backends)
     dense,
     extend,
     grouped,
+    megablocks,
     preload,
     reference,
     triton_backend,
