@@ -31,6 +31,7 @@ class MixtureLinear(nn.Module):
         super().__init__()
         self.name, self.stack, self.state = name, stack, state
         self.base, self.experts, self.router = base, experts, router
+        experts.casts = state.casts
         self.train(base.training)
 
     @property
@@ -66,7 +67,8 @@ class MixtureLinear(nn.Module):
         context = self.state.context(self.name, self.stack, x, self.training)
         routing = self.state.requested(context, self.experts.num_experts, x)
         if routing is None:
-            routing = self.decide(x, dataclasses.replace(context, activations=activations))
+            known = context if activations is None else dataclasses.replace(context, activations=activations)
+            routing = self.decide(x, known)
         self.state.record(routing, context)
         return routing
 

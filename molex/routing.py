@@ -35,6 +35,7 @@ class Routing(NamedTuple):
     logits: Tensor | None  # (T, E), what losses read; None where nothing was scored
     num_experts: int
     normalised: bool = False  # the router's weights sum to 1 for every token, and nobody is chosen nowhere
+    dense: bool = False  # slot k is expert k for every token: the weights are the gates
 
     @property
     def base_streams(self) -> int:
@@ -43,15 +44,20 @@ class Routing(NamedTuple):
 
     def gates(self) -> Tensor:
         """The same decision as a dense (T, E) matrix; zero where an expert was not chosen."""
+        if self.dense:
+            return self.weights
         num_tokens = self.expert_ids.shape[0]
-        slots_TK = self.expert_ids.where(self.expert_ids >= 0, self.num_experts)
+        if self.normalised:
+            return self.weights.new_zeros(num_tokens, self.num_experts).scatter_add_(1, self.expert_ids, self.weights)
+        slots_TK = self.expert_ids % (self.num_experts + 1)  # nobody has the last
         gates = self.weights.new_zeros(num_tokens, self.num_experts + 1)
-        return gates.scatter_add(1, slots_TK, self.weights)[:, : self.num_experts]
+        return gates.scatter_add_(1, slots_TK, self.weights)[:, : self.num_experts]
 
     def scaled(self, scale: Tensor) -> "Routing":
         """Folds the experts' scales (E,) into the weights."""
-        scale_TK = scale.to(self.weights.dtype)[self.expert_ids.clamp(min=0)]
-        return self._replace(weights=self.weights * scale_TK)
+        scale_E = scale.to(self.weights.dtype)
+        # nobody, -1, has the last expert's: 0 times it is 0
+        return self._replace(weights=self.weights * (scale_E if self.dense else scale_E[self.expert_ids]))
 
     def to(self, device: torch.device) -> "Routing":
         """The same on another device, with gradient."""
@@ -72,6 +78,8 @@ class Routing(NamedTuple):
             assert bool((ids_TK >= 0).all()), "nobody is chosen, and the weights are called normalised"
             sums_T = weights_TK.sum(1)
             assert bool(((sums_T - 1).abs() < 1e-5).all()), "normalised weights do not sum to 1"
+        if self.dense:
+            assert bool((ids_TK == torch.arange(self.num_experts, device=ids_TK.device)).all()), "slots are not experts"
         picks_TE = torch.zeros(ids_TK.shape[0], self.num_experts + 1, device=ids_TK.device)
         picks_TE.scatter_add_(1, ids_TK % (self.num_experts + 1), torch.ones_like(ids_TK, dtype=torch.float32))
         assert bool((picks_TE[:, : self.num_experts] <= 1).all()), "an expert is chosen twice for one token"
@@ -131,4 +139,4 @@ def dense_routing(weights: Tensor, logits: Tensor | None, normalised: bool = Fal
     """Every expert serves every token: K == E, weights (T, E)."""
     num_tokens, num_experts = weights.shape
     ids_TE = torch.arange(num_experts, device=weights.device).expand(num_tokens, num_experts)
-    return Routing(ids_TE, weights, logits, num_experts, normalised)
+    return Routing(ids_TE, weights, logits, num_experts, normalised, dense=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from molex.errors import StateError
 from molex.kernels import Planner
+from molex.kernels.casts import Casts
 from molex.routing import Decision, RouteContext, Routing
 from molex.tokens import read_encoder, read_tokens, spread_ids
 
@@ -24,7 +25,7 @@ class MixtureState:
     """`stacks`: one context for each stack of layers ("model", or "encoder" and "decoder")."""
 
     def __init__(self, planner: Planner, layer_names: list[str]):
-        self.planner = planner
+        self.planner, self.casts = planner, Casts()
         self.enabled = True
         self.tasks: Tensor | None = None  # (B,) or (B, S)
         self.request: Tensor | None = None  # (B,) expert ids, -1 = the base alone
@@ -43,7 +44,7 @@ class MixtureState:
     def __deepcopy__(self, memo: dict[int, Any]) -> "MixtureState":
         """A copy without the tensors of the last forward, which autograd would refuse to copy."""
         twin = MixtureState(Planner(self.planner.choice), list(self.unseen))
-        twin.enabled = self.enabled
+        twin.enabled, twin.casts = self.enabled, deepcopy(self.casts, memo)
         twin.tasks, twin.request = deepcopy(self.tasks, memo), deepcopy(self.request, memo)
         memo[id(self)] = twin
         return twin
@@ -63,6 +64,7 @@ class MixtureState:
         mixture disabled, changes nothing."""
         if not self.enabled:
             return
+        self.casts.begin(arguments)
         self.pending.clear()
         self._reached = None
         self.stacks.pop(stack, None)

@@ -19,6 +19,7 @@ from molex.distributed import num_elements
 from molex.errors import ConfigError
 from molex.exact import Exact
 from molex.kernels import Form, Planner
+from molex.kernels.casts import Casts
 from molex.registry import Registry
 from molex.routing import Routing
 
@@ -66,6 +67,7 @@ class ExpertBank(Exact, ABC):
         self.names = [str(i) for i in range(len(shape.ranks))]
         self.in_features, self.out_features = shape.in_features, shape.out_features
         self.dropout = nn.Dropout(shape.dropout)
+        self.casts = Casts()  # of its own until a layer brings its model's
         self.register_buffer("scale", torch.tensor(shape.scales, device=shape.device, dtype=shape.dtype))
 
     @property

@@ -76,7 +76,7 @@ class LoRABank(ExpertBank):
         return Columns(A, B, self.ranks, self.expert_of_column, self.row_of_column)
 
     def forward(self, x: Tensor, base: nn.Module, route: Route, planner: Planner, form: Form = "linear") -> Tensor:
-        columns = self.columns().to(x.dtype)
+        columns = self.casts.columns([*self.parameters(recurse=False)], x.dtype, self.columns)
         dropped = self.dropout(x) if self.training and self.dropout.p > 0 else None
         source = x if dropped is None else dropped
         hidden_TC = columns.shrink(source.reshape(-1, x.shape[-1])) if self.activation_routed else None

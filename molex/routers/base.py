@@ -6,6 +6,7 @@ and weights are computed in float32 or wider, also under autocast, whatever the 
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -127,7 +128,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) -> (T, E), float32 or wider, out of autocast's reach."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return F.linear(x.to(dtype), self.weight.to(dtype))
 
     @torch.no_grad()
@@ -135,6 +136,11 @@ class Gate(nn.Module):
         """One more expert, whose logit is 0 until the row is set or trained."""
         weight_ED = torch.cat([self.weight, self.weight.new_zeros(1, self.weight.shape[1])])
         self.weight = nn.Parameter(weight_ED, self.weight.requires_grad)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Products in the dtype of their factors. Entering torch's own context takes longer than a small product."""
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def check_top_k(top_k: int, num_experts: int) -> None:

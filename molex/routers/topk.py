@@ -48,9 +48,12 @@ class TopKRouter(GatedRouter):
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         if self.training and self.config.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.config.jitter, 1 + self.config.jitter)
-        logits_TE = self.gate(x) / self.config.temperature
-        probs_TE = logits_TE.softmax(-1)
-        weights_TK, ids_TK = probs_TE.topk(self.config.top_k, dim=-1)
+        logits_TE = self.gate(x)
+        if self.config.temperature != 1:
+            logits_TE = logits_TE / self.config.temperature
         if self.config.renormalise:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+            kept_TK, ids_TK = logits_TE.topk(self.config.top_k, dim=-1)
+            weights_TK = kept_TK.softmax(-1)  # exp(l) / Σ exp(l) over the kept ones: p / Σ p
+        else:
+            weights_TK, ids_TK = logits_TE.softmax(-1).topk(self.config.top_k, dim=-1)
         return Routing(ids_TK, weights_TK, logits_TE, self.num_experts, normalised=self.config.renormalise)
