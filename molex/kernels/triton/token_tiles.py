@@ -23,22 +23,44 @@ class TokenTiles(NamedTuple):
     counts: Tensor  # (tiles,) int32: how many it needs
 
 
+class ExpertTiles(NamedTuple):
+    """The same with experts instead of blocks."""
+
+    order: Tensor  # (T,) int64
+    experts: Tensor  # (tiles, E) int32: first those that a tile needs, ascending
+    counts: Tensor  # (tiles,) int32
+
+
 def tile_tokens(expert_ids: Tensor, expert_of_column: Tensor, num_experts: int) -> TokenTiles:
     """expert_ids (T, K), -1 = nobody."""
     order_T = set_order(expert_ids, num_experts)
-    num_tokens, num_columns = expert_ids.shape[0], expert_of_column.shape[0]
-    num_tiles, num_blocks = -(-num_tokens // ROWS), -(-num_columns // COLUMNS)
-    device = expert_ids.device
-    ids_TK = expert_ids[order_T].where(expert_ids[order_T] >= 0, num_experts)
-    tile_TK = (torch.arange(num_tokens, device=device) // ROWS)[:, None].expand_as(ids_TK)
-    block_C = torch.arange(num_columns, device=device) // COLUMNS
-    asks = torch.zeros(num_tiles, num_experts + 1, device=device).index_put(
-        (tile_TK, ids_TK), ids_TK.new_ones(()).float()
-    )
-    owns = torch.zeros(num_experts, num_blocks, device=device).index_put((expert_of_column, block_C), asks.new_ones(()))
-    needs = asks[:, :num_experts] @ owns > 0
-    blocks = needs.to(torch.int32).argsort(dim=1, descending=True, stable=True)
-    return TokenTiles(order_T, blocks.to(torch.int32), needs.sum(1, dtype=torch.int32))
+    asks = asked(expert_ids[order_T], num_experts)
+    num_columns = expert_of_column.shape[0]
+    block_C = torch.arange(num_columns, device=expert_ids.device) // COLUMNS
+    owns = asks.new_zeros(num_experts, -(-num_columns // COLUMNS))
+    owns = owns.index_put((expert_of_column, block_C), asks.new_ones(()))
+    return TokenTiles(order_T, *needed_first(asks @ owns > 0))
+
+
+def tile_experts(expert_ids: Tensor, num_experts: int) -> ExpertTiles:
+    """expert_ids (T, K), -1 = nobody."""
+    order_T = set_order(expert_ids, num_experts)
+    return ExpertTiles(order_T, *needed_first(asked(expert_ids[order_T], num_experts) > 0))
+
+
+def asked(ids: Tensor, num_experts: int) -> Tensor:
+    """(tiles, E) float32: 1 where a tile of these tokens (T, K) has chosen the expert."""
+    num_tokens = ids.shape[0]
+    ids_TK = ids.where(ids >= 0, num_experts)
+    tile_TK = (torch.arange(num_tokens, device=ids.device) // ROWS)[:, None].expand_as(ids_TK)
+    asks = torch.zeros(-(-num_tokens // ROWS), num_experts + 1, device=ids.device)
+    return asks.index_put((tile_TK, ids_TK), asks.new_ones(()))[:, :num_experts]
+
+
+def needed_first(needs: Tensor) -> tuple[Tensor, Tensor]:
+    """(tiles, N) bool -> which of N each tile needs, ascending, before the others; and how many."""
+    listed = needs.to(torch.int32).argsort(dim=1, descending=True, stable=True)
+    return listed.to(torch.int32), needs.sum(1, dtype=torch.int32)
 
 
 def set_order(expert_ids: Tensor, num_experts: int) -> Tensor:
