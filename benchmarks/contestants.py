@@ -8,6 +8,7 @@ meteora_loop    MeteoRA's code in training: the same, added to the base's output
 meteora         MeteoRA's code in inference: A_e and B_e gathered for each (token, slot), two batched products
 every_expert    HydraLoRA's code, PEFT-style: every expert on every token, weighed at the O-wide end
 xlora           X-LoRA's code in PEFT: the same, weighed at x
+scattermoe      ScatterMoE, as published and "…, rank_gated" as we would (`scattermoe.py`), where it is installed
 compiled        `dense` under torch.compile
 and molex's backends. All compute in x's dtype, which is never slower than what the codes do.
 """
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import scattermoe
 from benchmarks.problem import Layer
 from molex.kernels import backends
 from molex.kernels.extend import Extend
@@ -105,6 +107,7 @@ def contestants(layer: Layer, compiled: bool = False) -> dict[str, Method]:
     too_many = f"{layer.num_experts} experts are too many to loop over" if layer.num_experts > MOST_EXPERTS else None
     reasons = dict.fromkeys(LOOPS, too_many)
     reasons["meteora"] = _too_much_to_gather(layer)
+    reasons |= dict.fromkeys(SCATTERMOE, scattermoe.available(layer))
     for name in BACKENDS:
         reasons[name] = backends[name]().supports(layer.x, layer.columns(), layer.routing(), layer.base)
     for name, reason in reasons.items():
@@ -131,4 +134,8 @@ LOOPS: dict[str, Method] = {
     "every_expert": every_expert,
     "xlora": xlora,
 }
-CODES: dict[str, Method] = {**LOOPS, "meteora": meteora}
+SCATTERMOE: dict[str, Method] = {
+    "scattermoe": scattermoe.published,
+    "scattermoe, rank_gated": scattermoe.rank_gated,
+}
+CODES: dict[str, Method] = {**LOOPS, "meteora": meteora, **SCATTERMOE}

@@ -98,7 +98,7 @@ def measure(shape: str, experts: str, ceilings: Ceilings, arguments: argparse.Na
     sets = tensors(draw, device)
     found = contestants(sets[0], arguments.compiled)
     check(sets[0], found)
-    row = {"TxDxO": shape, "ExRxK": experts, "routing": arguments.routing, "dtype": arguments.dtype}
+    row = {"device": device, "TxDxO": shape, "ExRxK": experts, "routing": arguments.routing, "dtype": arguments.dtype}
     for timed, named in steps(sets, found):
         times = interleave(named, arguments.rounds, 25 if device == "cuda" else 3, device, arguments.seconds)
         base = times.pop("base")

@@ -6,15 +6,17 @@ are compared. They route as all of these codes do: softmax over a gate, the k la
 loop            MoE-PEFT's code (MoLA on all linears)
 meteora         MeteoRA's: a loop in training, gathered factors in inference
 every_expert    PEFT-style, as HydraLoRA's code
-scattermoe      where it is installed
+scattermoe      as published and "…, rank_gated" (`scattermoe.py`), where it is installed
 """
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import Method, every_expert, loop, meteora, meteora_loop
+from benchmarks import scattermoe
+from benchmarks.contestants import SCATTERMOE, Method, every_expert, loop, meteora, meteora_loop
 from benchmarks.problem import Layer
 from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
@@ -27,13 +29,18 @@ class Way(NamedTuple):
     inference: Method
 
 
-def ways() -> dict[str, Way]:
-    """Those that can run here."""
-    return {
+def ways(device: str, dtype: torch.dtype) -> dict[str, Way]:
+    """Those that can run there; of others the reason is printed."""
+    found = {
         "loop": Way(loop, loop),
         "meteora": Way(meteora_loop, meteora),
         "every_expert": Way(every_expert, every_expert),
     }
+    reason = scattermoe.available(Layer.draw((1, 8, 8), (1, 1, 1), device, dtype))
+    if reason is None:
+        return found | {name: Way(method, method) for name, method in SCATTERMOE.items()}
+    print(f"without scattermoe: {reason}", flush=True)
+    return found
 
 
 class RoutedLinear(nn.Module):

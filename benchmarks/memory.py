@@ -131,7 +131,9 @@ def main() -> None:
     arguments = parser.parse_args()
     base, ids = build(arguments), torch.zeros(1, arguments.tokens, dtype=torch.int64, device=arguments.device)
     without_mask(base)
-    sizes = {name: getattr(arguments, name) for name in ("hidden", "inner", "layers", "tokens", "dtype", "dropout")}
+    sizes = {
+        name: getattr(arguments, name) for name in ("device", "hidden", "inner", "layers", "tokens", "dtype", "dropout")
+    }
     for checkpointing in (False, True):
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

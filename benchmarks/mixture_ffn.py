@@ -112,7 +112,13 @@ def main() -> None:
     steps = {name: partial(step, method, parameters, x, grad) for name, method in found.items()}
     warmup = 10 if arguments.device == "cuda" else 1
     times = interleave(steps, arguments.rounds, warmup, arguments.device, arguments.seconds)
-    row = {**asdict(shape), "dtype": arguments.dtype, "rounds": len(times["base"]), "flops": shape.flops()}
+    row = {
+        **asdict(shape),
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "rounds": len(times["base"]),
+        "flops": shape.flops(),
+    }
     row["milliseconds"] = {name: summary([1e3 * t for t in seconds]) for name, seconds in times.items()}
     for own in found.keys() & OURS.keys():
         row |= {f"{name}_over_{own}": ratios(times[name], times[own]) for name in THEIRS}

@@ -95,7 +95,8 @@ def contestants(arguments: argparse.Namespace) -> dict[str, nn.Module]:
             print(f"without {backend}: {error}", flush=True)
         else:
             made[f"molex, {backend}"] = model
-    return made | {name: with_way(copy.deepcopy(base), arguments, way) for name, way in ways().items()}
+    others = ways(arguments.device, getattr(torch, arguments.dtype))
+    return made | {name: with_way(copy.deepcopy(base), arguments, way) for name, way in others.items()}
 
 
 def check(models: Mapping[str, nn.Module], arguments: argparse.Namespace) -> None:
@@ -140,7 +141,7 @@ def report(
 ) -> dict[str, Any]:
     warmup = 10 if arguments.device == "cuda" else 2
     times = interleave(steps, arguments.rounds, warmup, arguments.device, arguments.seconds)
-    row = {key: value for key, value in vars(arguments).items() if key not in ("device", "threads", "seconds")}
+    row = {key: value for key, value in vars(arguments).items() if key not in ("threads", "seconds")}
     row |= {"rounds": len(times["base"]), "timed": what}
     row["tokens_per_second"] = {n: summary([num_tokens / t for t in own]) for n, own in times.items()}
     row["times_base"] = {name: ratios(own, times["base"]) for name, own in times.items() if name != "base"}

@@ -186,7 +186,7 @@ def main() -> None:
     steps = {name: training_step(model, ids) for name, model in models.items()}
     warmup = 10 if arguments.device == "cuda" else 1
     times = interleave(steps, arguments.rounds, warmup, arguments.device, arguments.seconds)
-    row = {name: getattr(arguments, name) for name in (*sizes, "dtype")} | {"rounds": len(times["base"])}
+    row = {name: getattr(arguments, name) for name in (*sizes, "device", "dtype")} | {"rounds": len(times["base"])}
     row["milliseconds"] = {name: summary([1e3 * t for t in own]) for name, own in times.items()}
     row["times_base"] = {name: ratios(own, times["base"]) for name, own in times.items() if name != "base"}
     ours = [name for name in times if name.startswith("molex")]

@@ -38,7 +38,7 @@ def test_a_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert all(row["times_base"].keys() >= wanted and not row["times_base"].keys() & loops for row in found[3:])
 
 
-@pytest.mark.parametrize("name", [*contestants.CODES])
+@pytest.mark.parametrize("name", [*contestants.LOOPS, "meteora"])
 def test_every_code_computes_the_equation(name: str) -> None:
     """y_t = W x_t + Σ_k w_tk B_e A_e x_t, token by token."""
     drawn = problem.Layer.draw((13, 8, 12), (4, 3, 2), "cpu", torch.float64, "zipf")
@@ -124,7 +124,7 @@ def test_decoder_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def test_a_wrong_decoder_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     flags = "--hidden 16 --inner 24 --layers 1 --tokens 8 --experts 4 --rank 2 --rounds 2 --threads 1"
     wrong = linears.Way(lambda drawn: 1.01 * contestants.loop(drawn), contestants.loop)
-    monkeypatch.setattr(stack, "ways", lambda: {"wrong": wrong})
+    monkeypatch.setattr(stack, "ways", lambda device, dtype: {"wrong": wrong})
     with pytest.raises(AssertionError, match="wrong: relative error"):
         rows(monkeypatch, tmp_path, stack.main, flags)
     assert not list(tmp_path.iterdir())
