@@ -20,8 +20,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from molex.kernels.block import Block, Projection
 from molex.kernels.columns import Columns
 from molex.kernels.cost import Shape, Step
+from molex.kernels.streams import ACTIVATIONS
 from molex.registry import Registry
 from molex.routing import Routing
 
@@ -117,6 +119,16 @@ class Backend(ABC):
         weights before the experts' scale."""
         own = own_streams(streams if dropped is None else dropped, routing)
         return self.narrow_add(mix_streams(streams, mix), own.flatten(1, -2), base, columns, routing)
+
+    def ffn(self, x: Tensor, block: Block) -> Tensor:
+        """A whole gated block: (..., D) -> (..., D)."""
+        streams = ACTIVATIONS[block.activation].forward(self._widened(x, block.gate)) * self._widened(x, block.up)
+        dropped = None if block.keep is None else streams * block.keep.view(*streams.shape[1:])
+        down, mix = block.down, block.routing.weights
+        return self.narrow(streams, down.base, down.columns, down.routing, mix, dropped=dropped)
+
+    def _widened(self, x: Tensor, one: Projection) -> Tensor:
+        return self.widen(x, one.base, one.columns, one.routing, dropped=one.source)
 
     def narrow_add(self, mixed: Tensor, streams: Tensor, base: nn.Module, columns: Columns, routing: Routing) -> Tensor:
         """base(mixed), (..., D) -> (..., O), and what the slots' experts add, each to its own stream (K, T, D)."""

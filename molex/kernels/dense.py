@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from molex.kernels.base import Backend, backends
+from molex.kernels.block import Block, Core, Inputs, Mix, Projection, run_core
 from molex.kernels.columns import Columns
 from molex.kernels.cost import WIDE, Shape, Step, moved, product
+from molex.kernels.streams import CORE
 from molex.routing import Routing
 
 
@@ -61,8 +63,40 @@ class Dense(Backend):
     def widen_delta(self, x: Tensor, columns: Columns, routing: Routing) -> Tensor:
         return expand(gate(columns.shrink(x), slot_gates(routing), columns), columns)
 
+    def core(self, x: Tensor) -> Core | None:
+        """What computes between the base's projections of a block; None: streams side by side do."""
+        return CORE if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
+
+    def ffn(self, x: Tensor, block: Block) -> Tensor:
+        core = self.core(x)
+        if core is None:
+            return super().ffn(x, block)
+        rows_TD, (gate, up, down) = x.reshape(-1, x.shape[-1]), block[:3]
+        inputs = Inputs(
+            gate=gate.base(x).flatten(0, -2),
+            up=up.base(x).flatten(0, -2),
+            gate_gated=_gated(rows_TD, gate),
+            up_gated=_gated(rows_TD, up),
+            gate_B=gate.columns.B,
+            up_B=up.columns.B,
+            down_A=down.columns.A,
+            weights=block.routing.weights,
+            expert_ids=block.routing.expert_ids,
+            expert_of_column=down.columns.expert_of_column,
+            keep=block.keep,
+        )
+        mixed_TI, hidden_TC = run_core(inputs, Mix(block.activation, block.routing.normalised), core)
+        mixed = mixed_TI.view(*x.shape[:-1], mixed_TI.shape[-1])
+        return self.linear(mixed, down.base, down.columns, down.routing, hidden=hidden_TC)
+
     def narrow_delta(self, streams: Tensor, columns: Columns, routing: Routing) -> Tensor:
         return expand(gated_streams(streams, columns, routing), columns)
+
+
+def _gated(rows: Tensor, one: Projection) -> Tensor:
+    """(T, D) -> (T, C) in the dtype of the rows, zero in the columns of experts that are not a token's."""
+    source = rows if one.source is None else one.source.reshape(rows.shape)
+    return gate(one.columns.shrink(source), one.routing.gates(), one.columns).to(rows.dtype)
 
 
 def gated_hidden(x: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None) -> Tensor:
