@@ -40,9 +40,17 @@ def _every_third_alone(ids_TK: Tensor) -> Tensor:
     return ids_TK
 
 
-# triton's kernels run in its interpreter, in a process of their own: tests/kernels/triton; megablocks on a GPU alone
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-HERE = [name for name in backends if name.startswith("triton") == INTERPRETED and name != "megablocks"]
+
+
+def _runs_here(name: str) -> bool:
+    """On a GPU all, on it; elsewhere triton's kernels run in its interpreter, in a process of their own. megablocks has
+    tests of its own."""
+    return name != "megablocks" and (DEVICE.type == "cuda" or name.startswith("triton") == INTERPRETED)
+
+
+HERE = [name for name in backends if _runs_here(name)]
 
 CASES = [
     Case("plain"),
@@ -88,7 +96,7 @@ class Problem:
 
     def columns(self) -> Columns:
         shared = self.row_of_column if self.A.shape[0] != sum(self.ranks) else None
-        return Columns(self.A, self.B, self.ranks, columns_of(self.ranks), shared)
+        return Columns(self.A, self.B, self.ranks, columns_of(self.ranks).to(self.A.device), shared)
 
     def routing(self) -> Routing:
         return Routing(self.expert_ids, self.weights, None, len(self.ranks), self.normalised)
@@ -102,21 +110,23 @@ class Problem:
         own = range(start, start + self.ranks[expert_id])
         return self.A[self.row_of_column[list(own)]], self.B[:, list(own)]
 
-    def to(self, dtype: torch.dtype) -> "Problem":
+    def to(self, dtype: torch.dtype, device: torch.device = DEVICE) -> "Problem":
         """Fresh leaves in a dtype; the routing's weights stay at least float32."""
         wide = torch.promote_types(dtype, torch.float32)
-        moved = {name: getattr(self, name).detach().to(dtype) for name in ("x", "W", "bias", "A", "B", "grad")}
-        moved |= {name: getattr(self, name).detach().to(wide) for name in ("weights", "mix")}
+        moved = {name: getattr(self, name).detach().to(device, dtype) for name in ("x", "W", "bias", "A", "B", "grad")}
+        moved |= {name: getattr(self, name).detach().to(device, wide) for name in ("weights", "mix")}
+        moved |= {name: getattr(self, name).to(device) for name in ("expert_ids", "row_of_column")}
         for name in self.LEAVES:
             moved[name].requires_grad_()
         return replace(self, **moved)
 
 
 def make(case: Case, form: Form, dtype: torch.dtype) -> Problem:
-    """A random problem at unit scale, its values exact in the dtype."""
+    """A random problem at unit scale on DEVICE, its values exact in the dtype. Strides are made there: what is copied to
+    another device loses them."""
     num_streams = case.top_k + (not case.normalised)
     shape = (num_streams, case.num_tokens, case.num_in) if form == "narrow" else (case.num_tokens, case.num_in)
-    x = torch.randn(*shape[:-1], 2 * case.num_in)[..., ::2] if case.strided_x else torch.randn(shape)
+    x = torch.randn(*shape[:-1], 2 * case.num_in).to(DEVICE)[..., ::2] if case.strided_x else torch.randn(shape)
     ids_TK = case.expert_ids()
     weights_TK = (0.1 + torch.rand(ids_TK.shape)) * (ids_TK >= 0)
     num_columns = sum(case.ranks)
@@ -133,7 +143,7 @@ def make(case: Case, form: Form, dtype: torch.dtype) -> Problem:
         expert_ids=ids_TK,
         ranks=case.ranks,
         row_of_column=rows,
-        grad=torch.ones(()).expand(out_shape) if case.summed else torch.randn(out_shape),
+        grad=torch.ones((), device=DEVICE).expand(out_shape) if case.summed else torch.randn(out_shape),
         normalised=case.normalised,
     ).to(dtype)
 

@@ -1,4 +1,5 @@
-"""The backend on its kernels: the tests of every backend, of which only this one runs in this process."""
+"""Backends on their kernels: the tests of every backend. In the interpreter's process only those on Triton run, on a
+GPU all of them, their tensors on it."""
 
 from tests.kernels.test_backends import (  # noqa: F401 (collected here)
     test_activations_at_hand_are_used,
