@@ -19,7 +19,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "transformers", "peft", "scattermoe")
-FEWEST_ROUNDS = 10
+FEWEST_ROUNDS, FEWEST_WARMUPS = 10, 3
 
 
 class Prepared:
@@ -58,19 +58,21 @@ def interleave(
     """Seconds of every step in every round; each round runs all steps, in a random order.
 
     On a GPU by its own events. On a CPU by the clock on the wall; with one thread by the process' own, which other
-    processes do not disturb. After `seconds` of wall time no round is begun, once there are FEWEST_ROUNDS.
+    processes do not disturb. After `seconds` of wall time no round is begun, once there are FEWEST_ROUNDS; half as
+    long, and a few rounds, for the warm-up.
     """
     names, times = [*steps], {name: [] for name in steps}
     shuffle, timed = random.Random(0).shuffle, _timed_by_events if device == "cuda" else _timed_by_clock
-    start = time.perf_counter()
-    for round_number in range(-warmup, rounds):
-        if seconds and round_number >= FEWEST_ROUNDS and time.perf_counter() - start > seconds:
-            break
-        shuffle(names)
-        for name in names:
-            taken = timed(ready(steps[name]))
-            if round_number >= 0:
-                times[name].append(taken)
+    for kept, most, fewest, limit in ((False, warmup, FEWEST_WARMUPS, 0.5), (True, rounds, FEWEST_ROUNDS, 1.0)):
+        start = time.perf_counter()
+        for number in range(most):
+            if seconds and number >= fewest and time.perf_counter() - start > limit * seconds:
+                break
+            shuffle(names)
+            for name in names:
+                taken = timed(ready(steps[name]))
+                if kept:
+                    times[name].append(taken)
     return times
 
 

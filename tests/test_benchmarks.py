@@ -1,5 +1,7 @@
 """Benchmarks run at small sizes, refuse to time what is wrong, and write what they say. No time is looked at."""
 
+import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -165,3 +167,64 @@ def test_a_wrong_training_step_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp
 def test_the_gpu_check_wants_a_gpu() -> None:
     with pytest.raises(SystemExit, match="no GPU here"):
         gpu.main()
+
+
+def pretend_a_gpu(monkeypatch: pytest.MonkeyPatch, proofs: Path) -> list[str]:
+    """Returns the modules that are run."""
+    ran: list[str] = []
+
+    def measure(table: gpu.Table, seconds: float) -> int | None:
+        ran.append(table.module)
+        return 1 if table.module == "benchmarks.stack" else None if table.module == "benchmarks.memory" else 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "PROOFS", proofs)
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **settings: ran.append(command[-1]))
+    return ran
+
+
+def test_nothing_is_timed_where_a_proof_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "test_right.py").write_text("def test_it(): pass")
+    (tmp_path / "test_wrong.py").write_text("def test_it(): assert False")
+    ran = pretend_a_gpu(monkeypatch, tmp_path)
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        gpu.main()
+    assert not ran
+
+
+def test_tables_follow_what_is_proven(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "test_right.py").write_text("def test_it(): pass")
+    ran = pretend_a_gpu(monkeypatch, tmp_path)
+    with pytest.raises(SystemExit, match=r"failed: benchmarks\.stack$"):
+        gpu.main()
+    assert ran == [*(table.module for table in gpu.TABLES), "benchmarks.tables"]
+
+
+def test_no_proof_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty folder proves nothing, nor do tests that are all skipped or take too long."""
+    monkeypatch.setattr(gpu, "PROOFS", tmp_path)
+    assert not gpu.prove(20)
+    (tmp_path / "test_slow.py").write_text("import time\n\ndef test_it(): time.sleep(60)")
+    assert not gpu.prove(3)
+
+
+def test_the_gpus_time_is_enough() -> None:
+    assert gpu.PROOF_SECONDS + sum(table.seconds for table in gpu.TABLES[:-1]) < 60 * gpu.MINUTES < 9 * 60
+
+
+@pytest.mark.parametrize("table", gpu.TABLES, ids=lambda table: table.module)
+def test_the_gpus_tables_take_their_arguments(table: gpu.Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed, and then stopped: nothing is computed."""
+    module = importlib.import_module(table.module)
+    parsed: list[argparse.Namespace] = []
+
+    def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+        parsed.append(parse_args(parser, list(table.arguments)))
+        raise KeyboardInterrupt
+
+    parse_args = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(KeyboardInterrupt):
+        module.main()
+    assert parsed[0].device == "cuda"

@@ -122,8 +122,8 @@ class Problem:
 
 
 def make(case: Case, form: Form, dtype: torch.dtype) -> Problem:
-    """A random problem at unit scale on DEVICE, its values exact in the dtype. Strides are made there: what is copied to
-    another device loses them."""
+    """A random problem at unit scale on DEVICE, its values exact in the dtype. Strides are made there: a copy from
+    another device has none."""
     num_streams = case.top_k + (not case.normalised)
     shape = (num_streams, case.num_tokens, case.num_in) if form == "narrow" else (case.num_tokens, case.num_in)
     x = torch.randn(*shape[:-1], 2 * case.num_in).to(DEVICE)[..., ::2] if case.strided_x else torch.randn(shape)
