@@ -81,8 +81,12 @@ class NarrowLinear(MixtureLinear):
         super().__init__(name, stack, base, experts, None, state)
         self._leader = (leader,)
 
+    @property
+    def leader(self) -> WidenLinear:
+        return self._leader[0]
+
     def route(self, x: Tensor, activations: Tensor | None) -> Routing:
-        leader = self._leader[0]
+        leader = self.leader
         if leader.name not in self.state.pending:
             raise StateError(f"{self.name} ran before {leader.name}: this is not a feed-forward block of two halves")
         source, routing = self.state.pending.pop(leader.name)

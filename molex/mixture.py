@@ -8,11 +8,10 @@ mixture.save("out/");  mixture.revert()
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from molex import library
 from molex.config import MixtureConfig
@@ -35,6 +34,12 @@ if TYPE_CHECKING:
     from molex.merging.weights import Weights
 
 
+class Removable(Protocol):
+    """What surgery hung on the model."""
+
+    def remove(self) -> None: ...
+
+
 class Mixture:
     """Made by `molex.convert` and `molex.load`; `Mixture.of(model)` finds it again, on copies of a model too."""
 
@@ -48,7 +53,7 @@ class Mixture:
     ):
         self.model, self.config, self.layers = model, config, layers
         self.also_trained, self.state = also_trained, state
-        self.hooks: list[RemovableHandle] = []
+        self.hooks: list[Removable] = []
         self.required_grad: dict[str, bool] = {}  # of the base's parameters, before the conversion
         self.origins: dict[str, dict[str, Any]] = {}  # of experts that came from adapters: what their folder said
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from molex.building import Builder
 from molex.config import MixtureConfig
 from molex.errors import ConfigError, StateError, TargetError
+from molex.gated import join_blocks
 from molex.hooks import leave_fused_paths, refuse_base_names, tell_of_empty_slots, watch_calls
 from molex.io.pretrained import SavePretrained
 from molex.layer import MixtureLinear
@@ -47,8 +48,9 @@ def convert(
         model.get_submodule(name).requires_grad_(True)
     if builder.shared:
         model.add_module("molex", builder.shared.train(model.training))
-    mixture.hooks = watch_calls(model, builder.stacks, builder.state) + leave_fused_paths(model, layers)
+    mixture.hooks += watch_calls(model, builder.stacks, builder.state) + leave_fused_paths(model, layers)
     mixture.hooks.append(refuse_base_names(model, layers))
+    mixture.hooks += join_blocks(model, layers.values())
     if not config.train_experts:
         mixture.hooks.append(tell_of_empty_slots(builder.stacks[-1], layers))
     if config.router.model_scope:

@@ -34,9 +34,11 @@ class Backend(ABC):
     """Subclasses override `pairs`, and whatever they compute faster than through it.
 
     raced: `auto` takes it only after a race on the device, which shows that it is right and faster there.
+    has_blocks: it has a plan of its own for whole feed-forward blocks.
     """
 
     raced: ClassVar[bool] = False
+    has_blocks: ClassVar[bool] = False
 
     def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
         """None, or the reason why this backend cannot run these shapes and dtypes, or over this base."""

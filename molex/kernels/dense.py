@@ -7,6 +7,7 @@ moving tokens around, on CPU and GPU alike. Gate gradients of unchosen experts c
 """
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from molex.routing import Routing
 @backends.register("dense")
 class Dense(Backend):
     """Two matrix products and a mask; never refuses."""
+
+    has_blocks: ClassVar[bool] = True
 
     def steps(self, shape: Shape) -> Iterator[Step] | None:
         T, D, O, C, s = shape.num_tokens, shape.num_in, shape.num_out, shape.num_columns, shape.itemsize  # noqa: E741

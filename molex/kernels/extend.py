@@ -11,7 +11,7 @@ At B = 0 the base comes out up to rounding: zeros are summed with it, in another
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,6 +31,8 @@ ALIGNED = 8  # numbers: rows of 16-bit types begin at multiples of 16 bytes
 @backends.register("extend")
 class Extend(Preload):
     """Single linears; the two ends of a feed-forward block are `preload`'s."""
+
+    has_blocks: ClassVar[bool] = False  # the same as preload's
 
     def __init__(self) -> None:
         self._memories: WeakKeyDictionary[nn.Module, Tensor] = WeakKeyDictionary()  # (O, at least D + C) of each base

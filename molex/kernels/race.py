@@ -10,13 +10,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from molex.kernels.base import Backend
-from molex.kernels.columns import Columns
+from molex.kernels.block import Block, Projection
 from molex.routing import Routing
 
 logger = logging.getLogger("molex")
@@ -25,59 +24,89 @@ ROUNDS, WARMUP = 10, 3
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-2, torch.float64: 1e-8}  # 32 may be TF32
 
 
-class Layer(NamedTuple):
-    """A linear with experts whose tensors may be used up."""
+Through = Callable[
+    [Backend], tuple[Tensor, ...]
+]  # through a backend: the output, and all gradients if any are asked for
 
-    x: Tensor
-    base: nn.Module
-    columns: Columns
-    routing: Routing
-    grad: Tensor | None  # of the output; None where nobody asks for gradients
 
-    @staticmethod
-    def like(x: Tensor, base: nn.Module, columns: Columns, routing: Routing) -> "Layer":
-        """Random numbers at the scale of a trained layer, the choice of experts as it is."""
-        generator = torch.Generator(x.device).manual_seed(0)
+def like_layer(x: Tensor, one: Projection) -> Through:
+    """A linear with experts at the scale of a trained one, the choice of experts as it is."""
+    made = Made(x.device)
+    x, one = made.normal(x, 1.0), made.projection(one)
 
-        def normal(like: Tensor, deviation: float) -> Tensor:
-            drawn = torch.randn(like.shape, generator=generator, device=like.device).mul_(deviation)
-            return drawn.to(like.dtype).requires_grad_(torch.is_grad_enabled())
+    def through(backend: Backend) -> tuple[Tensor, ...]:
+        return made.results(backend.linear(x, one.base, one.columns, one.routing))
 
-        num_in, num_out = x.shape[-1], columns.B.shape[0]
-        made = columns._replace(A=normal(columns.A, num_in**-0.5), B=normal(columns.B, max(columns.ranks) ** -0.5))
-        weights = routing.weights.detach().clone().requires_grad_(torch.is_grad_enabled())
-        grad = normal(x.new_empty(*x.shape[:-1], num_out), 1.0).detach() if torch.is_grad_enabled() else None
-        return Layer(normal(x, 1.0), base, made, routing._replace(weights=weights), grad)
+    return through
 
-    def through(self, backend: Backend) -> tuple[Tensor, ...]:
-        """The output and the gradients of x, A, B and the weights."""
-        y = backend.linear(self.x, self.base, self.columns, self.routing)
-        if self.grad is None:
+
+def like_block(x: Tensor, block: Block) -> Through:
+    """The same for a feed-forward block."""
+    made = Made(x.device)
+    x, gate, up, down = made.normal(x, 1.0), *(made.projection(one) for one in (block.gate, block.up, block.down))
+    block = block._replace(gate=gate, up=up, down=down, routing=made.routing(block.routing))
+
+    def through(backend: Backend) -> tuple[Tensor, ...]:
+        return made.results(backend.ffn(x, block))
+
+    return through
+
+
+class Made:
+    """Random tensors, and the gradients that a backend gives them."""
+
+    def __init__(self, device: torch.device):
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.leaves: list[Tensor] = []
+        self.grad: Tensor | None = None
+
+    def normal(self, like: Tensor, deviation: float) -> Tensor:
+        return self._leaf(
+            torch.randn(like.shape, generator=self.generator, device=like.device).mul_(deviation).to(like.dtype)
+        )
+
+    def routing(self, routing: Routing) -> Routing:
+        return routing._replace(weights=self._leaf(routing.weights.detach().clone()))
+
+    def projection(self, one: Projection) -> Projection:
+        columns = one.columns
+        A = self.normal(columns.A, columns.A.shape[1] ** -0.5)
+        B = self.normal(columns.B, max(columns.ranks) ** -0.5)
+        return Projection(one.base, columns._replace(A=A, B=B), self.routing(one.routing))
+
+    def results(self, y: Tensor) -> tuple[Tensor, ...]:
+        if not y.requires_grad:
             return (y,)
-        return y, *torch.autograd.grad(y, (self.x, self.columns.A, self.columns.B, self.routing.weights), self.grad)
+        if self.grad is None:
+            self.grad = torch.randn(y.shape, generator=self.generator, device=y.device).to(y.dtype)
+        return y, *torch.autograd.grad(y, self.leaves, self.grad, materialize_grads=True)
+
+    def _leaf(self, tensor: Tensor) -> Tensor:
+        self.leaves.append(tensor.requires_grad_(torch.is_grad_enabled()))
+        return tensor
 
 
-def race(layer: Layer, contestants: Mapping[str, Backend], yardstick: Backend) -> dict[str, float]:
+def race(through: Through, contestants: Mapping[str, Backend], yardstick: Backend) -> dict[str, float]:
     """Seconds of each that is right here, by name; the others are reported and left out."""
-    truth = layer.through(yardstick)
-    right = {name: backend for name, backend in contestants.items() if _agrees(name, backend, layer, truth)}
+    truth = through(yardstick)
+    right = {name: backend for name, backend in contestants.items() if _agrees(name, backend, through, truth)}
     times: dict[str, list[float]] = {name: [] for name in right}
     for round_number in range(-WARMUP, ROUNDS):
         for name, backend in right.items():
-            seconds = _timed(partial(layer.through, backend), layer.x.device)
+            seconds = _timed(partial(through, backend), truth[0].device)
             if round_number >= 0:
                 times[name].append(seconds)
     return {name: statistics.median(own) for name, own in times.items()}
 
 
-def _agrees(name: str, backend: Backend, layer: Layer, truth: tuple[Tensor, ...]) -> bool:
+def _agrees(name: str, backend: Backend, through: Through, truth: tuple[Tensor, ...]) -> bool:
     try:
-        results = layer.through(backend)
+        results = through(backend)
     except Exception as error:  # noqa: BLE001 (compilers and drivers have errors of their own; it does not run here)
         logger.warning("backend %s does not run here and is not used: %s", name, str(error).partition("\n")[0])
         return False
     errors = [_distance(got, right) for got, right in zip(results, truth, strict=True)]
-    wrong = [error for error in errors if not error <= TOLERANCE[layer.x.dtype]]
+    wrong = [error for error in errors if not error <= TOLERANCE[truth[0].dtype]]
     if wrong:
         logger.warning("backend %s computes something else here (off by %.2g) and is not used", name, max(wrong))
     return not wrong

@@ -8,7 +8,7 @@ atomics. Saved for the backward beside x are h (K, T, R) and the indices.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ SORTING = 20  # launches on index tensors
 @backends.register("triton_grouped")
 class TritonGrouped(Triton):
     """Single linears; the two ends of a feed-forward block are `dense`'s."""
+
+    has_blocks: ClassVar[bool] = False  # the same as triton's
 
     def steps(self, shape: Shape) -> Iterator[Step] | None:
         T, D, O, K, R, s = shape.num_tokens, shape.num_in, shape.num_out, shape.num_slots, shape.rank, shape.itemsize  # noqa: E741

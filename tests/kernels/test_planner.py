@@ -10,8 +10,9 @@ import torch
 
 from molex.errors import BackendError, ConfigError
 from molex.kernels import Backend, Columns, Planner, backends, columns_of
+from molex.kernels.block import Projection
 from molex.kernels.dense import Dense
-from molex.kernels.race import Layer, race
+from molex.kernels.race import Through, like_layer, race
 from molex.routing import Routing
 from tests.kernels.cases import DEVICE, HERE
 
@@ -89,7 +90,12 @@ def test_a_base_that_hides_its_weight_is_picked_for_apart() -> None:
     hooked = torch.nn.Linear(256, 256).requires_grad_(False)
     hooked.register_forward_hook(lambda module, inputs, output: output)
     decided: list[bool] = []
-    planner._decide = lambda x, c, r, base, f, t: (decided.append(base is hooked), ("dense", ""))[1]  # type: ignore[method-assign]
+
+    def predict(x: torch.Tensor, one: Projection, num_tokens: int) -> tuple[str, str]:
+        decided.append(one.base is hooked)
+        return "dense", ""
+
+    planner._predict = predict  # type: ignore[method-assign]
     for each in (base, hooked, base, hooked):
         planner.pick(x, columns, routing, each)
     assert decided == [False, True]
@@ -104,7 +110,7 @@ class Slow(Dense):
 
 
 class Wrong(Dense):
-    """Two percent more of the experts than there should be."""
+    """Three percent more of the experts than there should be."""
 
     def linear(
         self, x: torch.Tensor, base: torch.nn.Module, columns: Columns, *args: Any, **kwargs: Any
@@ -119,10 +125,10 @@ class Broken(Dense):
 
 def test_a_race_is_won_by_the_fastest_of_those_that_are_right(caplog: pytest.LogCaptureFixture) -> None:
     x, columns, routing, base = shapes((8,) * 4, 2, num_tokens=64)  # B is zero: on it nobody would be wrong
-    layer = Layer.like(x, base, columns, routing)
+    through = like_layer(x, Projection(base, columns, routing))
     contestants = {"slow": Slow(), "dense": Dense(), "wrong": Wrong(), "broken": Broken()}
     with caplog.at_level(logging.WARNING, logger="molex"):
-        times = race(layer, contestants, Dense())
+        times = race(through, contestants, Dense())
     assert set(times) == {"slow", "dense"}
     assert min(times, key=times.__getitem__) == "dense"
     said = [record.getMessage() for record in caplog.records]
@@ -133,11 +139,11 @@ def test_a_race_is_won_by_the_fastest_of_those_that_are_right(caplog: pytest.Log
 def test_where_plans_race_the_winner_is_kept(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     raced: list[set[str]] = []
 
-    def pretend(layer: Layer, contestants: dict[str, Backend], yardstick: Backend) -> dict[str, float]:
+    def pretend(through: Through, contestants: dict[str, Backend], yardstick: Backend) -> dict[str, float]:
         raced.append({*contestants})
         return {"dense": 2e-6, "preload": 1e-6}
 
-    monkeypatch.setattr("molex.kernels.planner._may_race", lambda x: True)
+    monkeypatch.setattr("molex.kernels.planner.may_race", lambda x: True)
     monkeypatch.setattr("molex.kernels.planner.race", pretend)
     planner = Planner()
     with caplog.at_level(logging.INFO, logger="molex"):

@@ -1,0 +1,161 @@
+"""A feed-forward module computed as one operation, where it is act(gate x) ⊙ (up x), down, and nobody looks inside.
+
+Its three mixture layers would give every expert of a token a stream of its own through the activation between them
+(`molex.ffn`). The module's own forward says whether that is all that happens: it is traced, not run, and no model is
+known by name. Where something watches one of the layers (hooks, sharding) or autocast is on, they run one by one.
+"""
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from molex.experts.lora import LoRABank, everyone
+from molex.ffn import NarrowLinear, WidenLinear
+from molex.kernels.block import Block, Projection
+from molex.kernels.streams import ACTIVATIONS
+from molex.layer import MixtureLinear
+from molex.routing import Routing
+
+
+class GatedForward:
+    """Stands in the module's `forward`. An object, so that a deep copy of the model calls the copy's layers."""
+
+    def __init__(
+        self, module: nn.Module, layers: tuple[WidenLinear, WidenLinear, NarrowLinear], act: nn.Module, activation: str
+    ):
+        self.module, self.layers, self.act, self.activation = module, layers, act, activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._watched(x):
+            return type(self.module).forward(self.module, x)
+        state = self.layers[0].state
+        state.unseen.difference_update(layer.name for layer in self.layers)
+        block = self._block(x)
+        return state.planner.pick_block(x, block).ffn(x, block)
+
+    def _block(self, x: Tensor) -> Block:
+        gate, up, down = self.layers
+        routing = MixtureLinear.route(gate.leader, x, None)
+        keep, share = _keep(down, x)
+        return Block(
+            gate=_projection(gate, x, everyone(routing), _dropped(gate, x)),
+            up=_projection(up, x, everyone(routing), _dropped(up, x)),
+            down=_projection(down, x, routing._replace(weights=routing.weights * share), None),
+            activation=self.activation,
+            routing=routing,
+            keep=keep,
+        )
+
+    def _watched(self, x: Tensor) -> bool:
+        """Whether someone must see the layers run one by one, or changes what they do."""
+        if (
+            not self.layers[0].state.enabled
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(x.device.type)
+        ):
+            return True
+        inside = (*self.layers, *(layer.experts for layer in self.layers), self.act)
+        return any(_hooked(module) for module in inside)
+
+    def remove(self) -> None:
+        """Gives the module its own forward back."""
+        del self.module.forward
+
+
+def _projection(layer: MixtureLinear, x: Tensor, routing: Routing, source: Tensor | None) -> Projection:
+    bank = layer.experts
+    assert isinstance(bank, LoRABank)
+    return Projection(layer.base, bank.factors(x.dtype), routing.scaled(bank.scale), source)
+
+
+def _drops(layer: MixtureLinear) -> bool:
+    return layer.experts.training and layer.experts.dropout.p > 0
+
+
+def _dropped(layer: MixtureLinear, x: Tensor) -> Tensor | None:
+    """What a widening layer's experts read (T, D), where that is not x."""
+    return layer.experts.dropout(x).reshape(-1, x.shape[-1]) if _drops(layer) else None
+
+
+def _keep(down: MixtureLinear, x: Tensor) -> tuple[Tensor | None, float]:
+    """Which activations the down projection's experts read (T, I), and what makes up for the others."""
+    if not _drops(down):
+        return None, 1.0
+    share = 1 - down.experts.dropout.p
+    keep_TI = torch.empty(x.shape[:-1].numel(), down.in_features, dtype=torch.bool, device=x.device)
+    return keep_TI.bernoulli_(share), 1 / share if share else 0.0
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def join_blocks(model: nn.Module, layers: Collection[MixtureLinear]) -> list[GatedForward]:
+    """Every module of a converted model that holds such a block from now on computes it at once."""
+    joined = []
+    for down in layers:
+        if isinstance(down, NarrowLinear):
+            widen = [layer for layer in layers if isinstance(layer, WidenLinear) and layer.leader is down.leader]
+            module = model.get_submodule(down.name.rpartition(".")[0])
+            joined.append(join(module, widen, down))
+    return [forward for forward in joined if forward is not None]
+
+
+def join(module: nn.Module, widen: list[WidenLinear], narrow: NarrowLinear) -> GatedForward | None:
+    """Has a module of such a block compute it at once; None where it is another kind of block."""
+    names = None if "forward" in vars(module) else _gated_names(module)
+    if names is None:
+        return None
+    gate, up, down, act = (module.get_submodule(name) for name in names)
+    banks, activation = [layer.experts for layer in (*widen, narrow)], _name_of(act)
+    if down is not narrow or {gate, up} != {*widen} or activation is None:
+        return None
+    if any(type(bank) is not LoRABank for bank in banks) or len({bank.ranks for bank in banks}) > 1:
+        return None
+    module.forward = GatedForward(module, (gate, up, down), act, activation)  # type: ignore[arg-type]
+    return module.forward
+
+
+def _gated_names(module: nn.Module) -> tuple[str, str, str, str] | None:
+    """What a module calls its gate, up, down and activation, if its forward is down(act(gate(x)) * up(x))."""
+    try:
+        graph = _Submodules().trace(module)
+    except Exception:  # noqa: BLE001 (a forward that cannot be traced fails in any way, and is another kind of block)
+        return None
+    x, *_, output = graph.nodes
+    down = output.args[0]
+    product = _argument(down)
+    if len(graph.nodes) != 7 or product is None or product.target is not operator.mul:
+        return None
+    activated, up = product.args
+    gate = _argument(activated)
+    if _argument(up) is not x or _argument(gate) is not x:
+        return None
+    return gate.target, up.target, down.target, activated.target
+
+
+def _argument(node: Any) -> Any:
+    """What a call of a submodule is given, where that is one thing."""
+    is_call = isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+    return node.args[0] if is_call else None
+
+
+class _Submodules(fx.Tracer):
+    """Looks into a module and into none that it holds."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _name_of(act: nn.Module) -> str | None:
+    """Which of ACTIVATIONS a module computes, by trying."""
+    if next(act.parameters(), None) is not None:
+        return None
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    with torch.no_grad():
+        y = act(x)
+    return next((name for name, known in ACTIVATIONS.items() if torch.allclose(known.forward(x), y, atol=1e-7)), None)
