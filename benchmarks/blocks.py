@@ -4,7 +4,8 @@ base      the frozen block alone
 shared    MoE-PEFT's code: the base's gate and up once for all tokens; then, expert by expert, act(gate + Δ) * (up + Δ)
           on its tokens and the base's down projection of these: K times over all tokens
 textbook  every chosen expert is a whole block: gate, up and down of its tokens, all K times
-and molex's, every base projection once: its widen and narrow through a backend.
+and molex's, every base projection once: its widen and narrow through a backend, and "…, block", the backend's operation
+for whole blocks.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molex.kernels import Columns, backends, columns_of
+from molex.kernels import Backend, Columns, backends, columns_of
+from molex.kernels.block import Block as Whole
+from molex.kernels.block import Projection
 from molex.routing import Routing
 
 NAMES = ("gate", "up", "down")
@@ -83,11 +86,15 @@ class Ours(NamedTuple):
     supports: Callable[[Block, Tensor], str | None]  # the reason why it cannot run this block here
 
 
-def through(backend: str) -> Ours:
-    kernel = backends[backend]()
-
+def _supports(kernel: Backend) -> Callable[[Block, Tensor], str | None]:
     def supports(block: Block, x: Tensor) -> str | None:
         return kernel.supports(x, block.columns("gate", x.dtype), block.routing(), block.base["gate"])
+
+    return supports
+
+
+def through(backend: str) -> Ours:
+    kernel = backends[backend]()
 
     def method(block: Block, x: Tensor) -> Tensor:
         routing, (gate, up, down) = block.routing(), (block.columns(name, x.dtype) for name in NAMES)
@@ -96,7 +103,22 @@ def through(backend: str) -> Ours:
         up_KTI = kernel.widen(x, block.base["up"], up, everyone)
         return kernel.narrow(F.silu(gate_KTI) * up_KTI, block.base["down"], down, routing, routing.weights)
 
-    return Ours(method, supports)
+    return Ours(method, _supports(kernel))
+
+
+def as_one(backend: str) -> Ours:
+    kernel = backends[backend]()
+
+    def method(block: Block, x: Tensor) -> Tensor:
+        routing = block.routing()
+        everyone = routing._replace(weights=torch.ones_like(routing.weights))
+        gate, up, down = (
+            Projection(block.base[name], block.columns(name, x.dtype), routing if name == "down" else everyone)
+            for name in NAMES
+        )
+        return kernel.ffn(x, Whole(gate, up, down, "silu", routing))
+
+    return Ours(method, _supports(kernel))
 
 
 THEIRS: dict[str, Method] = {"shared": shared, "textbook": textbook}
@@ -104,6 +126,9 @@ OURS: dict[str, Ours] = {
     "dense": through("dense"),
     "preload": through("preload"),
     "triton": through("triton"),
+    "dense, block": as_one("dense"),
+    "preload, block": as_one("preload"),
+    "triton, block": as_one("triton"),
 }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 import molex
-from benchmarks.blocks import NAMES, OURS, THEIRS, Block, Method
+from benchmarks.blocks import NAMES, THEIRS, Block, Method
 from benchmarks.harness import interleave, ratios, summary, write
 from benchmarks.stack import awake, build
 from molex.errors import BackendError
@@ -30,6 +30,7 @@ from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 
+BACKENDS = ("auto", "dense", "preload", "triton")
 BALANCE, RATE, CHECKED_TOKENS, TOLERANCE = 1e-3, 1e-4, 32, 2e-3
 
 
@@ -100,7 +101,7 @@ def contestants(arguments: argparse.Namespace) -> dict[str, nn.Module]:
     for name, method in THEIRS.items():
         mixture: Any = convert(copy.deepcopy(base), arguments, "dense").molex_mixture
         made[name] = replace(mixture, method)
-    for backend in OURS:
+    for backend in BACKENDS:
         model = convert(copy.deepcopy(base), arguments, backend)
         try:
             with torch.no_grad():

@@ -135,7 +135,8 @@ def test_a_wrong_decoder_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_feed_forward_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     flags = "--num_tokens 32 --hidden 16 --inner 24 --num_experts 4 --rank 2 --rounds 2 --threads 1"
     (found,) = rows(monkeypatch, tmp_path, mixture_ffn.main, flags)
-    assert found["milliseconds"].keys() == {"base", "shared", "textbook", "dense", "preload"}
+    ours = {f"{backend}{whole}" for backend in ("dense", "preload") for whole in ("", ", block")}
+    assert found["milliseconds"].keys() == {"base", "shared", "textbook", *ours}
     base, expert = 2 * 3 * 16 * 24, 3 * 2 * 3 * 2 * (16 + 24)  # multiplications a token, by hand
     assert found["flops"]["shared"] == round((base * 4 / 3 + expert) / (base + expert), 3)
 
