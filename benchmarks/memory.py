@@ -5,7 +5,7 @@
 
 A step has the weights, AdamW's two moments, gradients and activations. On a GPU the peak is what was allocated; on a
 CPU it is counted (`live_bytes.py`) on tensors without numbers, so that layers of an 8 B Llama's shape need no memory.
-PEFT keeps its factors in float32 and casts x to them, as it does by default.
+PEFT keeps its factors in float32 and casts x to them, as it does by default; "lora, narrow" has the base's dtype.
 """
 
 import argparse
@@ -88,12 +88,12 @@ def converted(base: LlamaForCausalLM, name: str, backend: str, dropout: float) -
     return base
 
 
-def lora_like(base: LlamaForCausalLM, mixture: Any, dropout: float) -> nn.Module:
+def lora_like(base: LlamaForCausalLM, mixture: Any, dropout: float, narrow: bool = False) -> nn.Module:
     """PEFT's LoRA on the same linears, each of as many ranks as its experts have together."""
     ranks = {name: sum(layer.experts.ranks) for name, layer in mixture.layers.items()}
     targets = [*ranks]
     config = peft.LoraConfig(r=8, rank_pattern=ranks, target_modules=targets, lora_dropout=dropout)
-    return peft.get_peft_model(base, config)  # type: ignore[arg-type]
+    return peft.get_peft_model(base, config, autocast_adapter_dtype=not narrow)  # type: ignore[arg-type]
 
 
 def measure(base: LlamaForCausalLM, name: str, ids: Tensor, arguments: argparse.Namespace) -> dict[str, Peak]:
@@ -102,7 +102,10 @@ def measure(base: LlamaForCausalLM, name: str, ids: Tensor, arguments: argparse.
     for backend in arguments.backends.split(","):
         model: Any = converted(copy.deepcopy(base), name, backend, arguments.dropout)
         if not found:
-            found["lora, C"] = peak_of(lora_like(copy.deepcopy(base), model.molex_mixture, arguments.dropout), ids)
+            for who, narrow in {"lora, C": False, "lora, narrow": True}.items():
+                found[who] = peak_of(
+                    lora_like(copy.deepcopy(base), model.molex_mixture, arguments.dropout, narrow), ids
+                )
         try:
             found[f"molex, {backend}"] = peak_of(model, ids)
         except BackendError as error:

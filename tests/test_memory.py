@@ -101,7 +101,9 @@ def test_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: 
     assert [(row["preset"], row["checkpointing"]) for row in found] == [
         (preset, checkpointing) for checkpointing in (False, True) for preset in ("lora", "mixlora")
     ]
-    assert all(row["times_lora"].keys() == {"lora, C", "molex, dense", "molex, preload"} for row in found)
+    assert all(
+        row["times_lora"].keys() == {"lora, C", "lora, narrow", "molex, dense", "molex, preload"} for row in found
+    )
     assert found[0]["times_lora"]["molex, dense"] < 1.05
     assert "mlp.down_proj" in capsys.readouterr().out
 
