@@ -16,15 +16,15 @@ def activated(x: tl.tensor, ACTIVATION: tl.constexpr) -> tuple[tl.tensor, tl.ten
         below = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
         value = x * below
         slope = below + x * (0.3989422804014327 * tl.exp(-0.5 * x * x))
-    else:
-        if ACTIVATION == "gelu_tanh":
-            inner = x * (1.5957691216057308 + 0.07135481627260025 * x * x)
-            inner_slope = 1.5957691216057308 + 0.21406444881780076 * x * x
-        else:
-            tl.static_assert(ACTIVATION == "silu")
-            inner = x
-            inner_slope = 1.0
+    elif ACTIVATION == "gelu_tanh":
+        inner = x * (1.5957691216057308 + 0.07135481627260025 * x * x)
+        inner_slope = 1.5957691216057308 + 0.21406444881780076 * x * x
         share = tl.sigmoid(inner)
         value = x * share
-        slope = share + value * (1 - share) * inner_slope
+        slope = share + value * tl.sigmoid(-inner) * inner_slope  # 1 - share would cancel where inner_slope is large
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        share = tl.sigmoid(x)
+        value = x * share
+        slope = share + value * (1 - share)
     return value, slope

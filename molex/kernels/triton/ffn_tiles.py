@@ -37,6 +37,7 @@ class Block(NamedTuple):
         assert self.weights.dtype == torch.float32, f"weights are {self.weights.dtype}, not float32"
         check_dtypes(*self.factors())
         factors = [row_major(factor) for factor in self.factors()]
+        assert all(len(factor) * factor.stride(0) < 1 << 31 for factor in factors[4:]), "offsets in B and A are int32"
         keep = None if self.keep is None else row_major(self.keep).view(torch.int8)
         return Block._make([*factors, keep, self.weights.contiguous()])
 

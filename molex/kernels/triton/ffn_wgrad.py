@@ -185,7 +185,7 @@ def launch_mix_wgrad(
             ACTIVATION=activation,
             LARGE=large,
             UP=must_widen(dtype),
-            BLOCK_T=16 if activation == "gelu" and not large else 32,  # erf needs registers
+            BLOCK_T=32 if large else 16,
             BLOCK_I=WIDTH,
             BLOCK_C=2 * COLUMNS if large else COLUMNS,
             SMALL=COLUMNS,

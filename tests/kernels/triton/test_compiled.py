@@ -1,5 +1,6 @@
 """What the operators launch, compiled for Ampere and Hopper from real arguments: tensor cores, memory, no spills."""
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from molex.kernels.triton import (
     skinny_wgrad,
     tile_tokens,
 )
+from molex.kernels.triton.ffn_ops import ACTIVATIONS, ffn_mix, ffn_mix_backward
 from molex.kernels.triton.grouped_ops import grouped_expand_add, grouped_shrink, grouped_wgrad
 from molex.kernels.triton.pair_tiles import tile_pairs
 from tests.kernels.triton.ahead import Launch, launches
@@ -37,6 +39,8 @@ SHAPES = [  # capability, dtype, tokens (decoding, a few, training), experts, th
     (80, torch.bfloat16, 8192, 64, 1),
     (80, torch.float32, 1, 8, 16),
 ]
+
+MORE = [(90, torch.bfloat16, 8192, 8, 8), (90, torch.float16, 8192, 4, 64)]  # of feed-forward blocks
 
 
 def every_operator(num_tokens: int, num_experts: int, rank: int, dtype: torch.dtype) -> dict[str, Callable]:
@@ -67,6 +71,20 @@ def every_operator(num_tokens: int, num_experts: int, rank: int, dtype: torch.dt
     }
 
 
+def feed_forward(
+    num_tokens: int, num_experts: int, rank: int, dtype: torch.dtype, activation: str = "silu", dropped: bool = True
+) -> dict[str, Callable]:
+    """Of Llama-3-8B's width."""
+    inner, num_columns = 14336, num_experts * rank
+    wide, narrow = torch.zeros(num_tokens, inner, dtype=dtype), torch.zeros(num_tokens, num_columns, dtype=dtype)
+    B, A = torch.zeros(inner, num_columns, dtype=dtype), torch.zeros(num_columns, inner, dtype=dtype)
+    ids = torch.rand(num_tokens, num_experts).topk(2).indices
+    keep = torch.ones(num_tokens, inner, dtype=torch.bool) if dropped else None
+    tables = (torch.ones(ids.shape), ids, torch.arange(num_columns) // rank)
+    block = (wide, wide, narrow, narrow, B, B, A, *tables, keep, activation)
+    return {"mix": lambda: ffn_mix(*block), "mix backward": lambda: ffn_mix_backward(wide, narrow, *block)}
+
+
 def check(launch: Launch, capability: int, dtype: torch.dtype) -> None:
     assert launch.shared <= SHARED_MEMORY[capability], f"{launch.name}: {launch.shared} bytes of shared memory"
     # ptxas gives up a word or two a thread for occupancy
@@ -86,6 +104,52 @@ def test_it_fits(shape: tuple[int, torch.dtype, int, int, int]) -> None:
         assert launched, f"{name} launched nothing"
         for launch in launched:
             check(launch, capability, dtype)
+
+
+@pytest.mark.parametrize(
+    "shape", [*SHAPES, (90, torch.bfloat16, 8192, 8, 8), (90, torch.float16, 8192, 4, 64)], ids=str
+)
+def test_feed_forward_fits(shape: tuple[int, torch.dtype, int, int, int]) -> None:
+    capability, dtype, *sizes = shape
+    for call in feed_forward(*sizes, dtype).values():
+        with launches(capability) as launched:
+            call()
+        assert launched
+        for launch in launched:
+            check(launch, capability, dtype)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_fits(activation: str, dropped: bool) -> None:
+    for call in feed_forward(8192, 8, 16, torch.bfloat16, activation, dropped).values():
+        with launches(90) as launched:
+            call()
+        for launch in launched:
+            check(launch, 90, torch.bfloat16)
+
+
+def test_feed_forward_adds_in_a_fixed_order_and_rounds_products() -> None:
+    """No atomics; and no product fused into a difference, which would leave a rounding error where a zero should be."""
+    for call in feed_forward(8192, 8, 16, torch.bfloat16).values():
+        with launches(90) as launched:
+            call()
+        for launch in launched:
+            assert not re.search(r"\b(atom|red)\.", launch.ptx), launch.name
+            assert "fma.rn.f32" not in launch.ptx, launch.name
+
+
+def test_feed_forward_keeps_processors_busy_and_planes_small() -> None:
+    with launches(90) as launched, patch.object(torch, "zeros", wraps=torch.zeros) as zeros:
+        for call in feed_forward(8192, 8, 16, torch.bfloat16).values():
+            call()
+    mix, backward, *wgrad = launched
+    assert [launch.name for launch in wgrad] == ["ffn_mix_wgrad_kernel"] * 2
+    assert min(launch.grid[0] for launch in launched) >= 4 * 132
+    sizes = [math.prod(call.args) for call in zeros.call_args_list if call.kwargs.get("dtype") == torch.float32]
+    assert len(sizes) == 3
+    assert 4 * max(sizes) < 150e6
+    assert mix.grid == backward.grid
 
 
 @pytest.mark.parametrize("name", ["shrink", "extend", "wgrad", "expand", "expand tiles"])
@@ -113,7 +177,8 @@ def test_decoding_keeps_processors_busy() -> None:
 
 def test_launches_are_on_the_device_of_their_tensors() -> None:
     """The current device is another one where a model is spread over GPUs."""
-    for name, call in every_operator(16, 8, 16, torch.bfloat16).items():
+    operators = every_operator(16, 8, 16, torch.bfloat16) | feed_forward(16, 8, 16, torch.bfloat16)
+    for name, call in operators.items():
         with launches(90) as launched, patch.object(torch.cuda, "device_of", wraps=torch.cuda.device_of) as guard:
             call()
         assert launched

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molex.kernels.triton import expand_add_tiles, tile_tokens
-from molex.kernels.triton.token_tiles import COLUMNS, ROWS, set_order
+from molex.kernels.triton.token_tiles import COLUMNS, ROWS, set_order, tile_experts
 from tests.close import assert_close
 from tests.kernels.triton.problems import CASES, DEVICE, DTYPES, Case, column_by_column, embedded, make
 
@@ -28,6 +28,16 @@ def test_every_token_is_there_once_and_tiles_name_what_they_need(case: Case) -> 
     ids, owner = p.expert_ids[tiles.order].tolist(), p.expert_of_column.tolist()
     for tile, (blocks, count) in enumerate(zip(tiles.blocks.tolist(), tiles.counts.tolist(), strict=True)):
         assert blocks[:count] == needed_blocks(ids[tile * ROWS : (tile + 1) * ROWS], owner)
+
+
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda case: case.name)
+def test_tiles_name_their_experts(case: Case) -> None:
+    ids_TK = case.expert_ids().to(DEVICE)
+    order, experts, counts = tile_experts(ids_TK, len(case.ranks))
+    assert sorted(order.tolist()) == list(range(case.num_tokens))
+    for tile, (listed, count) in enumerate(zip(experts.tolist(), counts.tolist(), strict=True)):
+        chosen = ids_TK[order[tile * ROWS : (tile + 1) * ROWS]]
+        assert listed[:count] == sorted(set(chosen[chosen >= 0].tolist()))
 
 
 def test_sorted_tiles_need_fewer_columns_than_tokens_as_they_came() -> None:
