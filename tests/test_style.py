@@ -44,7 +44,7 @@ FLOORS = (
     ("tokens", "losses", "routers", "kernels", "allocation"),
     ("state", "experts"),
     ("layer", "config"),
-    ("ffn", "library", "presets", "model_scope", "hooks", "targets"),
+    ("ffn", "gated", "library", "presets", "model_scope", "hooks", "targets"),
     ("mixture", "building"),
     ("io",),
     ("surgery",),

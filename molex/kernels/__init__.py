@@ -9,6 +9,7 @@ from molex.kernels import (  # noqa: F401 (registers the backends)
     reference,
     triton_backend,
     triton_grouped,
+    triton_skip,
 )
 from molex.kernels.base import Backend, Form, backends
 from molex.kernels.columns import Columns, columns_of

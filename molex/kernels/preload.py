@@ -40,6 +40,9 @@ class Primitives(NamedTuple):
     weight_grad: Callable[[Tensor, Tensor], Tensor]
 
 
+Expand = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor], Tensor]  # x, W, bias, gated, B -> y
+
+
 @backends.register("preload")
 class Preload(Dense):
     """Single linears and the narrow end of a block; the widening end is `dense`'s, which accumulates already."""
@@ -50,6 +53,10 @@ class Preload(Dense):
     def primitives(self, columns: Columns) -> Primitives:
         rank = columns.uniform_rank()
         return Primitives(partial(shrink_gate, rank=rank), partial(gate_backward, rank=rank), weight_grad)
+
+    def expand(self, columns: Columns, routing: Routing) -> Expand:
+        """How the base's product and the experts' come together in y."""
+        return folded
 
     def steps(self, shape: Shape) -> Iterator[Step] | None:
         T, D, O, C, s = shape.num_tokens, shape.num_in, shape.num_out, shape.num_columns, shape.itemsize  # noqa: E741
@@ -87,7 +94,7 @@ class Preload(Dense):
         source = None if dropped is None else dropped.reshape(rows_TD.shape)
         owners, rows = columns.expert_of_column, columns.row_of_column
         factors = (columns.A, columns.B, routing.gates(), owners, rows)
-        how = (self.primitives(columns), columns.uniform_rank())
+        how = (self.primitives(columns), self.expand(columns, routing), columns.uniform_rank())
         return _Linear.apply(rows_TD, source, W, bias, *factors, *how).view(*x.shape[:-1], len(W))
 
     def narrow_add(self, mixed: Tensor, streams: Tensor, base: nn.Module, columns: Columns, routing: Routing) -> Tensor:
@@ -138,13 +145,14 @@ class _Linear(torch.autograd.Function):
         expert_of_column: Tensor,
         row_of_column: Tensor | None,
         primitives: Primitives,
+        expand: Expand,
         rank: int | None,
     ) -> Tensor:
         read = x if source is None else source
         hidden, gated = primitives.shrink_gate(read, A, gates, expert_of_column, row_of_column)
         ctx.save_for_backward(read, W, A, B, gates, hidden, expert_of_column, row_of_column)
         ctx.primitives, ctx.rank, ctx.apart = primitives, rank, source is not None
-        return folded(x, W, bias, gated, B)
+        return expand(x, W, bias, gated, B)
 
     @staticmethod
     @once_differentiable
@@ -164,7 +172,7 @@ class _Linear(torch.autograd.Function):
                 d_x, d_source = dy @ W if needs_x else None, through_experts
             else:
                 d_x = through_experts.addmm_(dy, W)
-        return d_x, d_source, None, None, d_A, d_B, d_gates if needs_gates else None, *[None] * 4
+        return d_x, d_source, None, None, d_A, d_B, d_gates if needs_gates else None, *[None] * 5
 
 
 def sum_rows(by_column: Tensor, row_of_column: Tensor | None, num_rows: int) -> Tensor:

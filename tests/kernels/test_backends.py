@@ -9,7 +9,12 @@ from tests.close import assert_close
 from tests.kernels.cases import CASES, HERE, Case, Problem, expert_by_expert, make, token_by_token
 
 FORMS: list[Form] = ["linear", "widen", "narrow"]
-OWN_LINEAR_ALONE = ("extend", "triton_extend", "triton_grouped")  # their other forms are another backend's
+OWN_LINEAR_ALONE = (
+    "extend",
+    "triton_extend",
+    "triton_grouped",
+    "triton_skip",
+)  # their other forms are another backend's
 RUNS = [(name, form) for name in HERE for form in FORMS if form == "linear" or name not in OWN_LINEAR_ALONE]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 if "dense" in HERE:

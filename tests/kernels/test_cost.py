@@ -4,6 +4,7 @@ import pytest
 
 from molex.kernels import backends
 from molex.kernels.cost import Ceilings, Shape, Step, product, seconds
+from molex.kernels.triton_skip import experts_of_tile
 
 H200 = Ceilings(half=790e12, single=50e12, bandwidth=4.3e12, latency=0)
 UP, SQUARE, DOWN = (4096, 14336), (4096, 4096), (14336, 4096)
@@ -61,3 +62,20 @@ def test_launches_count_where_there_is_little_to_do() -> None:
     slow = H200._replace(latency=4e-6)
     assert seconds([Step(launches=3), Step(bytes=4.3e6)], 2, slow) == pytest.approx(17e-6)
     assert seconds([Step(operations=50e6)], 4, slow) == pytest.approx(5e-6)  # float32 has a peak of its own
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "expected"),
+    [(8, 1, 1.05), (8, 2, 2.25), (8, 4, 4.73), (16, 2, 3.0), (32, 2, 6.0), (64, 2, 17.3)],
+)
+def test_experts_of_a_tile_of_like_tokens(experts: int, top_k: int, expected: float) -> None:
+    """Against counts in simulated random routings of 8192 tokens."""
+    shape = Shape(8192, 4096, 4096, 16 * experts, top_k, experts, 16, 2, False)
+    assert experts_of_tile(shape) == pytest.approx(expected, rel=0.2)
+
+
+def test_many_columns_forward_are_for_the_skipping_form() -> None:
+    many = (64, 16, 2)
+    assert microseconds("triton_skip", UP, many) < microseconds("triton_grouped", UP, many)
+    assert microseconds("triton_skip", UP, many) < microseconds("triton", UP, many)
+    assert microseconds("triton_skip", UP, (8, 16, 2)) > microseconds("triton", UP, (8, 16, 2))

@@ -23,7 +23,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-NAMES = [name for name in HERE if not name.endswith(("extend", "_grouped"))]  # those have another backend's blocks
+NAMES = [
+    name for name in HERE if not name.endswith(("extend", "_grouped", "_skip"))
+]  # those have another backend's blocks
 
 
 @dataclass(frozen=True)
