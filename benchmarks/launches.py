@@ -9,8 +9,9 @@ molex     presets by backend, over the same linears (mixlora: experts on three, 
           GPU or Triton's interpreter
 
 Counted are torch operators and of them the kernels: those that are neither a view nor an allocation. One that launches
-several kernels (a top-k) counts as one, molex's own as what they launch. Waits are answers the host asks for: each
-stalls a GPU, and none can be captured in a CUDA graph. Counts do not depend on the sizes, so these are small.
+several kernels (a top-k) counts as one, molex's own as what they launch. Waits are answers that the host asks for, and
+lists that it sends: they stall a GPU, and a CUDA graph is not captured over them. Counts do not depend on the sizes, so
+these are small.
 """
 
 import argparse
@@ -38,7 +39,7 @@ MIXTURES = {
     "smora": ("dense", "triton"),
 }
 NO_WORK = ("empty", "new_empty", "empty_like", "_unsafe_view", "lift_fresh", "device", "promote_types")
-SEVERAL = {"shrink_gate": 2, "_route_shrink": 2, "self_gated_shrink": 2}  # one token's D is split, its planes added
+SEVERAL = {"shrink_gate": 2, "route_shrink": 2, "self_gated_shrink": 2}  # one token's D is split, its planes added
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
 
 Contestant = Callable[[LlamaForCausalLM], nn.Module]
@@ -58,7 +59,7 @@ class Calls(TorchDispatchMode):
         self.operators[name] += 1
         if not func.is_view and name not in NO_WORK:
             self.kernels[name] += SEVERAL.get(name, 1)
-        if name in WAITS:
+        if name in WAITS or (name == "lift_fresh" and args[0].dim() > 0):
             self.waits[name] += 1
         return func(*args, **(kwargs or {}))
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from molex.experts import ExpertBank, LoRA
+from molex.experts.lora import LoRABank
 from molex.kernels import Form
+from molex.kernels.routed import may_route, routed_linear
 from molex.routers import Router
-from molex.routing import RouteContext, Routing
+from molex.routing import RouteContext, Routing, Rule
 from molex.state import MixtureState
 
 
@@ -60,7 +62,30 @@ class MixtureLinear(nn.Module):
             self.state.unseen.discard(self.name)
         if not self.state.enabled:
             return self.base(x)
-        return self.experts(x, self.base, partial(self.route, x), self.state.planner, self.form)
+        y = self.routed_in_kernels(x)
+        return self.experts(x, self.base, partial(self.route, x), self.state.planner, self.form) if y is None else y
+
+    def routed_in_kernels(self, x: Tensor) -> Tensor | None:
+        """The layer where the backend is its router too, as it can be in inference; None elsewhere."""
+        rule = self.rule(x)
+        if rule is None:
+            return None
+        assert isinstance(self.experts, LoRABank)
+        columns = self.experts.factors(x.dtype)
+        y, routing = routed_linear(self.state.planner, x, self.base, columns, rule, self.experts.scale)
+        if routing is not None:
+            self.state.record(routing, self.state.context(self.name, self.stack, x, self.training))
+        return y
+
+    def rule(self, x: Tensor) -> Rule | None:
+        """What may stand for the router and the bank at x: None where either does more, or is more than it says."""
+        router, bank = self.router, self.experts
+        if torch.is_grad_enabled() or router is None or self.form != "linear" or self.state.request is not None:
+            return None
+        if not may_route(self.state.planner, x.device) or type(bank).forward is not LoRABank.forward:
+            return None
+        rule = router.rule()
+        return rule if rule is not None and _only_computes(router) and _only_computes(bank) else None
 
     def route(self, x: Tensor, activations: Tensor | None) -> Routing:
         """Decides for x (..., D) and records the decision. activations (T, C): A x, for routers that read it."""
@@ -91,3 +116,15 @@ class MixtureLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.experts.num_experts} experts"
+
+
+def _only_computes(outer: nn.Module) -> bool:
+    """Whether a module and those in it are in evaluation and their own: not hooked, replaced, sharded or offloaded."""
+    for module in (outer, *outer.children()):
+        if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return False
+        if any(
+            type(p) is not nn.Parameter or hasattr(p, "ds_id") for p in module._parameters.values() if p is not None
+        ):
+            return False
+    return True

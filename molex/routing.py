@@ -87,6 +87,25 @@ class Routing(NamedTuple):
             assert self.logits.shape == (ids_TK.shape[0], self.num_experts), "logits are not (T, E)"
 
 
+class SoftmaxTopK(NamedTuple):
+    """l = W x;  the k largest, at their softmax over themselves (renormalised) or over all."""
+
+    weight: Tensor  # (E, D)
+    top_k: int
+    renormalise: bool
+
+
+class SelfTopK(NamedTuple):
+    """Of rank-1 experts: the k largest of A x + bias, or of its magnitude, at weight 1."""
+
+    bias: Tensor  # (E,) float32
+    top_k: int
+    signed: bool
+
+
+Rule = SoftmaxTopK | SelfTopK  # how a kernel can route in evaluation
+
+
 @dataclass(frozen=True)
 class RouteContext:
     """What a router or a loss may know besides the tokens themselves. All per-token fields are flat, (T,)."""

@@ -36,6 +36,9 @@ def test_calls_are_counted() -> None:
         x.view(3, 2)
         float(x.sum())
         (x + 1).nonzero()
-    assert calls.operators == {"empty": 1, "view": 1, "sum": 1, "_local_scalar_dense": 1, "add": 1, "nonzero": 1}
-    assert calls.kernels == {"sum": 1, "_local_scalar_dense": 1, "add": 1, "nonzero": 1}
-    assert calls.waits == {"_local_scalar_dense": 1, "nonzero": 1}
+        x[:, :1] = True
+        torch.tensor([1, 2])
+    work = {"sum": 1, "_local_scalar_dense": 1, "add": 1, "nonzero": 1, "fill_": 1}
+    assert calls.kernels == work
+    assert calls.operators == {**work, "empty": 1, "view": 1, "slice": calls.operators["slice"], "lift_fresh": 2}
+    assert calls.waits == {"_local_scalar_dense": 1, "nonzero": 1, "lift_fresh": 1}

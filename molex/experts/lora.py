@@ -75,8 +75,12 @@ class LoRABank(ExpertBank):
             A, B = torch.cat([self.frozen_A, A]), torch.cat([self.frozen_B, B], dim=1)
         return Columns(A, B, self.ranks, self.expert_of_column, self.row_of_column)
 
+    def factors(self, dtype: torch.dtype) -> Columns:
+        """`columns` in the dtype of the products."""
+        return self.casts.columns([*self.parameters(recurse=False)], dtype, self.columns)
+
     def forward(self, x: Tensor, base: nn.Module, route: Route, planner: Planner, form: Form = "linear") -> Tensor:
-        columns = self.casts.columns([*self.parameters(recurse=False)], x.dtype, self.columns)
+        columns = self.factors(x.dtype)
         dropped = self.dropout(x) if self.training and self.dropout.p > 0 else None
         source = x if dropped is None else dropped
         hidden_TC = columns.shrink(source.reshape(-1, x.shape[-1])) if self.activation_routed else None

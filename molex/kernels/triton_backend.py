@@ -10,16 +10,19 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from molex.kernels.base import backends
+from molex.kernels.block import Core, Grads, Inputs, Mix
 from molex.kernels.columns import Columns
 from molex.kernels.extend import Extend
-from molex.kernels.preload import Preload, Primitives
-from molex.routing import Routing
+from molex.kernels.preload import Preload, Primitives, folded, weight_of
+from molex.kernels.routed import RoutesItself
+from molex.routing import Routing, Rule, SoftmaxTopK
 
+FEW_TOKENS = 256  # above, launches cost little beside the work, which separate products do better
 _YES = ("1", "true", "yes", "on", "y")  # as triton reads its environment
 
 
 @backends.register("triton")
-class Triton(Preload):
+class Triton(Preload, RoutesItself):
     """On a GPU, or anywhere in Triton's interpreter (TRITON_INTERPRET=1)."""
 
     launches: ClassVar[tuple[int, int]] = (0, 1)
@@ -28,6 +31,17 @@ class Triton(Preload):
         from molex.kernels.triton import gate_backward, shrink_gate, skinny_wgrad
 
         return Primitives(shrink_gate, gate_backward, skinny_wgrad)
+
+    def core(self, x: Tensor) -> Core | None:
+        from molex.kernels.triton.ffn_ops import ffn_mix, ffn_mix_backward
+
+        def forward(inputs: Inputs, mix: Mix) -> tuple[Tensor, Tensor]:
+            return ffn_mix(*inputs, mix.activation)
+
+        def backward(d_mixed: Tensor, d_hidden: Tensor, inputs: Inputs, mix: Mix) -> Grads:
+            return Grads(*ffn_mix_backward(d_mixed, d_hidden, *inputs, mix.activation))
+
+        return Core(forward, backward)
 
     def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
         if find_spec("triton") is None:
@@ -39,6 +53,31 @@ class Triton(Preload):
         if x.dtype not in DTYPES:
             return f"its kernels take float32, bfloat16 and float16, not {x.dtype}"
         return super().supports(x, columns, routing, base)
+
+    def routes(self, x: Tensor, columns: Columns, rule: Rule) -> bool:
+        from molex.kernels.triton.choose import SCORES
+        from molex.kernels.triton.route import COLUMNS, EXPERTS
+
+        num_columns, few = len(columns.expert_of_column), x.shape[:-1].numel() <= FEW_TOKENS
+        if isinstance(rule, SoftmaxTopK):
+            return few and num_columns <= COLUMNS and len(rule.weight) <= EXPERTS
+        return few and num_columns <= SCORES and columns.row_of_column is None
+
+    def route_linear(
+        self, x: Tensor, base: nn.Module, columns: Columns, rule: Rule, scale: Tensor
+    ) -> tuple[Tensor, Routing]:
+        from molex.kernels.triton import route_shrink, self_gated_shrink
+
+        rows_TD, (W, bias), normalised = x.reshape(-1, x.shape[-1]), weight_of(base), False
+        if isinstance(rule, SoftmaxTopK):
+            tables, normalised = (columns.expert_of_column, columns.row_of_column), rule.renormalise
+            settings = {"top_k": rule.top_k, "renormalise": rule.renormalise}
+            routed = route_shrink(rows_TD, columns.A, rule.weight, scale, *tables, **settings)
+        else:
+            routed = self_gated_shrink(rows_TD, columns.A, rule.bias, scale, rule.top_k, rule.signed)
+        y_TO = folded(rows_TD, W, bias, routed.gated, columns.B)
+        routing = Routing(routed.expert_ids, routed.weights, routed.logits, len(columns.ranks), normalised)
+        return y_TO.view(*x.shape[:-1], len(W)), routing
 
 
 @backends.register("triton_extend")

@@ -18,7 +18,7 @@ from molex.checks import check_choice, check_range
 from molex.errors import ConfigError, StateError
 from molex.exact import Exact
 from molex.registry import Registry
-from molex.routing import RouteContext, Routing
+from molex.routing import RouteContext, Routing, Rule
 
 
 class Router(Exact, ABC):
@@ -35,6 +35,10 @@ class Router(Exact, ABC):
     @abstractmethod
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         """x (T, D) -> Routing over T tokens."""
+
+    def rule(self) -> Rule | None:
+        """What it does in evaluation, where that is something a kernel can do too."""
+        return None
 
     def learn_expert(self, expert_id: int, A: Tensor, B: Tensor) -> None:
         """Told of every LoRA that is loaded into its layer: A (R, D), B (O, R). Most routers do not mind."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from molex.routers.base import BalancedRouter, Router, RouterConfig, check_top_k, routers
-from molex.routing import RouteContext, Routing
+from molex.routing import RouteContext, Routing, Rule, SelfTopK
 
 
 @routers.register("implicit")
@@ -38,6 +38,10 @@ class ImplicitRouter(BalancedRouter):
         check_top_k(config.top_k, num_experts)
         super().__init__(num_experts, config.bias_rate)
         self.config = config
+
+    def rule(self) -> Rule | None:
+        plain = type(self) is ImplicitRouter
+        return SelfTopK(self.bias, self.config.top_k, self.config.signed) if plain else None
 
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         assert ctx.activations is not None

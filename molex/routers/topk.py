@@ -13,7 +13,7 @@ from torch import Tensor
 
 from molex.errors import ConfigError
 from molex.routers.base import Gate, GatedRouter, Router, RouterConfig, check_top_k, routers
-from molex.routing import RouteContext, Routing
+from molex.routing import RouteContext, Routing, Rule, SoftmaxTopK
 
 
 @routers.register("topk")
@@ -44,6 +44,11 @@ class TopKRouter(GatedRouter):
         super().__init__(num_experts)
         self.config = config
         self.gate = Gate(in_features, num_experts, config.gate_init)
+
+    def rule(self) -> Rule | None:
+        if type(self) is not TopKRouter or self.config.temperature != 1:
+            return None
+        return SoftmaxTopK(self.gate.weight, self.config.top_k, self.config.renormalise)
 
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         if self.training and self.config.jitter:

@@ -41,21 +41,18 @@ def added_planes(
 def top_k(
     scores: tl.tensor,
     index: tl.tensor,
-    ids_ptrs: tl.tensor,
-    mask: tl.tensor,
     TOP_K: tl.constexpr,
     SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """Stores the ids (T, K), best first, and returns who was chosen (T, SIZE)."""
+    """Everyone's place among the chosen, 0 for the best, TOP_K for who was not chosen: (T, SIZE)."""
     scores = tl.where(scores == scores, scores, float("inf"))
-    chosen = tl.zeros_like(scores) > 0
+    place = tl.zeros_like(scores).to(tl.int32) + TOP_K
     for k in tl.static_range(TOP_K):
-        left = tl.where(chosen, float("-inf"), scores)
+        left = tl.where(place < TOP_K, float("-inf"), scores)
         best = tl.max(left, axis=1, keep_dims=True)
-        first = tl.min(tl.where((left == best) & ~chosen, index, SIZE), axis=1, keep_dims=True)
-        tl.store(ids_ptrs + k, first.to(tl.int64), mask)
-        chosen = chosen | (index == first)
-    return chosen
+        first = tl.min(tl.where((left == best) & (place == TOP_K), index, SIZE), axis=1, keep_dims=True)
+        place = tl.where(index == first, k, place)
+    return place
 
 
 @triton.jit
@@ -65,7 +62,7 @@ def route_gate_kernel(
     expert_ptr: tl.tensor,
     hidden_ptr: tl.tensor,
     gated_ptr: tl.tensor,
-    ids_ptr: tl.tensor,
+    ids_ptr: tl.tensor,  # (T, K), and the weights
     weights_ptr: tl.tensor,
     logits_ptr: tl.tensor,
     T: tl.tensor,
@@ -79,7 +76,7 @@ def route_gate_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Program (tile of T). weights (T, E) are zero where an expert was not chosen."""
+    """Program (tile of T)."""
     t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
     c, e = tl.arange(0, BLOCK_C)[None, :], tl.arange(0, BLOCK_E)[None, :]
     c_mask, e_mask = (t < T) & (c < C), (t < T) & (e < E)
@@ -87,9 +84,12 @@ def route_gate_kernel(
     tl.store(logits_ptr + t * E + e, logits, e_mask)
     scores = tl.where(e < E, logits, float("-inf"))
     shares = tl.exp(scores - tl.max(scores, axis=1, keep_dims=True))
-    weights = tl.where(top_k(scores, e, ids_ptr + t * TOP_K, t < T, TOP_K, BLOCK_E), shares, 0.0)
+    place = top_k(scores, e, TOP_K, BLOCK_E)
+    weights = tl.where(place < TOP_K, shares, 0.0)
     weights /= tl.sum(weights if RENORMALISE else shares, axis=1, keep_dims=True)
-    tl.store(weights_ptr + t * E + e, weights, e_mask)
+    slot, chosen = t * TOP_K + place, (t < T) & (place < TOP_K)
+    tl.store(ids_ptr + slot, tl.broadcast_to(e, (BLOCK_T, BLOCK_E)).to(tl.int64), chosen)
+    tl.store(weights_ptr + slot, weights, chosen)
     expert = tl.load(expert_ptr + c, c < C, other=0).to(tl.int32)
     gates = tl.gather(weights, tl.broadcast_to(expert, (BLOCK_T, BLOCK_C)), axis=1) * tl.load(scale_ptr + expert)
     hidden = added_planes(planes_ptr, t, c, c_mask, T, C + E, num_planes)
@@ -104,7 +104,9 @@ def self_gate_kernel(
     scale_ptr: tl.tensor,
     hidden_ptr: tl.tensor,
     gated_ptr: tl.tensor,
-    ids_ptr: tl.tensor,
+    ids_ptr: tl.tensor,  # (T, K), and the weights, which are 1
+    weights_ptr: tl.tensor,
+    scores_ptr: tl.tensor,
     T: tl.tensor,
     C: tl.tensor,
     num_planes: tl.tensor,
@@ -119,15 +121,18 @@ def self_gate_kernel(
     c = tl.arange(0, BLOCK_C)[None, :]
     mask = (t < T) & (c < C)
     hidden = added_planes(planes_ptr, t, c, mask, T, C, num_planes)
-    stored = rounded(hidden, UP).to(
-        hidden_ptr.dtype.element_ty
-    )  # what a router outside would read, so that both choose alike
+    # what a router outside would read, so that both choose alike
+    stored = rounded(hidden, UP).to(hidden_ptr.dtype.element_ty)
     scores = stored.to(tl.float32) + tl.load(bias_ptr + c, c < C, other=0.0)
-    scores = tl.where(c < C, scores if SIGNED else tl.abs(scores), float("-inf"))
-    chosen = top_k(scores, c, ids_ptr + t * TOP_K, t < T, TOP_K, BLOCK_C)
+    scores = scores if SIGNED else tl.abs(scores)
+    tl.store(scores_ptr + t * C + c, scores, mask)
+    place = top_k(tl.where(c < C, scores, float("-inf")), c, TOP_K, BLOCK_C)
+    slot, chosen = t * TOP_K + place, (t < T) & (place < TOP_K)
+    tl.store(ids_ptr + slot, tl.broadcast_to(c, (BLOCK_T, BLOCK_C)).to(tl.int64), chosen)
+    tl.store(weights_ptr + slot, 1.0, chosen)
     scale = tl.load(scale_ptr + c, c < C, other=0.0)
     tl.store(hidden_ptr + t * C + c, stored, mask)
-    tl.store(gated_ptr + t * C + c, rounded(tl.where(chosen, hidden * scale, 0.0), UP), mask)
+    tl.store(gated_ptr + t * C + c, rounded(tl.where(place < TOP_K, hidden * scale, 0.0), UP), mask)
 
 
 class Routed(NamedTuple):
@@ -136,8 +141,17 @@ class Routed(NamedTuple):
     hidden: Tensor  # (T, C)
     gated: Tensor  # (T, C)
     expert_ids: Tensor  # (T, K) int64, best first
-    weights: Tensor  # (T, E) float32, before the scale; zero where not chosen
-    logits: Tensor  # (T, E) float32
+    weights: Tensor  # (T, K) float32, before the scale
+    logits: Tensor  # (T, E) float32, by which they were chosen
+
+    @staticmethod
+    def empty(num_columns: int, num_experts: int, num_chosen: int, planes: Tensor, dtype: torch.dtype) -> "Routed":
+        """Memory for it; planes (splits, T, ·) are where it comes from."""
+        num_tokens, device = planes.shape[1], planes.device
+        hidden = torch.empty(num_tokens, num_columns, dtype=dtype, device=device)
+        ids = torch.empty(num_tokens, num_chosen, dtype=torch.int64, device=device)
+        weights, logits = planes.new_empty(num_tokens, num_chosen), planes.new_empty(num_tokens, num_experts)
+        return Routed(hidden, torch.empty_like(hidden), ids, weights, logits)
 
 
 def choose_rows(size: int) -> int:
@@ -157,10 +171,7 @@ def launch_route_gate(
     """planes (splits, T, C + E), scale (E,) float32."""
     (num_planes, num_tokens, width), num_columns = planes.shape, len(expert_of_column)
     num_experts = width - num_columns
-    hidden = torch.empty(num_tokens, num_columns, dtype=dtype, device=planes.device)
-    ids = torch.empty(num_tokens, num_chosen, dtype=torch.int64, device=planes.device)
-    weights = planes.new_empty(num_tokens, num_experts)
-    routed = Routed(hidden, torch.empty_like(hidden), ids, weights, torch.empty_like(weights))
+    routed = Routed.empty(num_columns, num_experts, num_chosen, planes, dtype)
     BLOCK_C, BLOCK_E = block(num_columns, SCORES), block(num_experts, SCORES)
     BLOCK_T = choose_rows(max(BLOCK_C, BLOCK_E))
     if num_tokens:
@@ -179,19 +190,18 @@ def launch_route_gate(
 @on_its_device
 def launch_self_gate(
     planes: Tensor, bias: Tensor, scale: Tensor, dtype: torch.dtype, num_chosen: int, signed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """planes (splits, T, C), bias and scale (C,) float32 -> hidden, gated (T, C), ids (T, K)."""
+) -> Routed:
+    """planes (splits, T, C), bias and scale (C,) float32."""
     num_planes, num_tokens, num_columns = planes.shape
-    hidden = torch.empty(num_tokens, num_columns, dtype=dtype, device=planes.device)
-    gated, ids = torch.empty_like(hidden), torch.empty(num_tokens, num_chosen, dtype=torch.int64, device=planes.device)
+    routed = Routed.empty(num_columns, num_columns, num_chosen, planes, dtype)
     BLOCK_C = block(num_columns, SCORES)
     if num_tokens:
         self_gate_kernel[(triton.cdiv(num_tokens, choose_rows(BLOCK_C)),)](
-            *(planes, bias, scale, hidden, gated, ids, num_tokens, num_columns, num_planes),
+            *(planes, bias, scale, *routed, num_tokens, num_columns, num_planes),
             UP=must_widen(dtype),
             TOP_K=num_chosen,
             SIGNED=signed,
             BLOCK_T=choose_rows(BLOCK_C),
             BLOCK_C=BLOCK_C,
         )
-    return hidden, gated, ids
+    return routed

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from molex.kernels.preload import sum_rows
 from molex.kernels.triton.choose import Routed, launch_route_gate, launch_self_gate
@@ -133,8 +135,7 @@ def expand_add_tiles(y: Tensor, gated: Tensor, B: Tensor, tiles: TokenTiles) -> 
     return y
 
 
-@torch.library.custom_op("molex::route_shrink", mutates_args=())
-def _route_shrink(
+def _route_shrink_now(
     x: Tensor,
     A: Tensor,
     router: Tensor,
@@ -148,6 +149,9 @@ def _route_shrink(
     return launch_route_gate(planes, scale, expert_of_column, x.dtype, top_k, renormalise)
 
 
+_route_shrink = torch.library.custom_op("molex::route_shrink", _route_shrink_now, mutates_args=())
+
+
 @_route_shrink.register_fake
 def _(
     x: Tensor,
@@ -159,10 +163,8 @@ def _(
     top_k: int,
     renormalise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hidden = x.new_empty(x.shape[0], expert_of_column.shape[0])
-    weights = router.new_empty(x.shape[0], router.shape[0])
-    ids = x.new_empty(x.shape[0], top_k, dtype=torch.int64)
-    return Routed(hidden, torch.empty_like(hidden), ids, weights, torch.empty_like(weights))
+    planes = scale.new_empty(1, x.shape[0], 0)
+    return Routed.empty(expert_of_column.shape[0], router.shape[0], top_k, planes, x.dtype)
 
 
 def route_shrink(
@@ -178,24 +180,39 @@ def route_shrink(
 ) -> Routed:
     """The softmax top-k router and `shrink_gate` in two launches, for inference: it has no gradient.
 
-    router (E, D) and scale (E,) are float32; at most `route.COLUMNS` columns of `route.EXPERTS` experts.
+    router (E, D) in one of DTYPES, scale (E,) float32; at most `route.COLUMNS` columns of `route.EXPERTS` experts.
     """
-    return Routed(*_route_shrink(x, A, router, scale, expert_of_column, row_of_column, top_k, renormalise))
+    run = _route_shrink if _watched() else _route_shrink_now
+    return Routed(*run(x, A, router, scale, expert_of_column, row_of_column, top_k, renormalise))
 
 
-@torch.library.custom_op("molex::self_gated_shrink", mutates_args=())
-def self_gated_shrink(
+def _self_gated_shrink_now(
     x: Tensor, A: Tensor, bias: Tensor, scale: Tensor, top_k: int, signed: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rank-1 experts that route on A x: hidden, gated (T, C) and ids (T, K), for inference.
-
-    bias, which takes part in the choice alone, and scale are (C,) float32; at most `choose.SCORES` columns.
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     planes = launch_shrink_planes(x, A)
     return launch_self_gate(planes, bias, scale, x.dtype, top_k, signed)
 
 
-@self_gated_shrink.register_fake
-def _(x: Tensor, A: Tensor, bias: Tensor, scale: Tensor, top_k: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = x.new_empty(x.shape[0], A.shape[0])
-    return hidden, torch.empty_like(hidden), x.new_empty(x.shape[0], top_k, dtype=torch.int64)
+_self_gated_shrink = torch.library.custom_op("molex::self_gated_shrink", _self_gated_shrink_now, mutates_args=())
+
+
+@_self_gated_shrink.register_fake
+def _(
+    x: Tensor, A: Tensor, bias: Tensor, scale: Tensor, top_k: int, signed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    planes = scale.new_empty(1, x.shape[0], 0)
+    return Routed.empty(A.shape[0], A.shape[0], top_k, planes, x.dtype)
+
+
+def self_gated_shrink(x: Tensor, A: Tensor, bias: Tensor, scale: Tensor, top_k: int, signed: bool) -> Routed:
+    """Rank-1 experts that route on A x, in two launches, for inference; their weights are 1, their logits the scores.
+
+    bias, which takes part in the choice alone, and scale are (C,) float32; at most `choose.SCORES` columns.
+    """
+    run = _self_gated_shrink if _watched() else _self_gated_shrink_now
+    return Routed(*run(x, A, bias, scale, top_k, signed))
+
+
+def _watched() -> bool:
+    """Whether anything sees torch's operators go by. Else going through one costs as much time as ten small ones."""
+    return is_compiling() or is_in_torch_dispatch_mode()

@@ -55,7 +55,7 @@ def route_planes_kernel(
         A = tl.load(A_ptr + row_offset + d[:, None], (c[None, :] < C) & (d[:, None] < D), other=0.0)
         router = tl.load(router_ptr + e * stride_router + d[:, None], (e < E) & (d[:, None] < D), other=0.0)
         hidden = tl.dot(widened(x, UP), widened(A, UP), hidden, input_precision="ieee")
-        logits = tl.dot(x.to(tl.float32), router, logits, input_precision="ieee")
+        logits = tl.dot(x.to(tl.float32), router.to(tl.float32), logits, input_precision="ieee")
     row_ptrs = planes_ptr + (tl.program_id(1) * T + t) * (C + E)
     tl.store(row_ptrs + c[None, :], hidden, (t < T) & (c[None, :] < C))
     tl.store(row_ptrs + C + e, logits, (t < T) & (e < E))
@@ -68,7 +68,7 @@ def route_tile(num_tokens: int, num_columns: int, num_experts: int) -> tuple[int
 
 @on_its_device
 def launch_route_planes(x: Tensor, A: Tensor, router: Tensor, num_columns: int, row_of_column: Tensor | None) -> Tensor:
-    """A x and W x as float32 planes (splits, T, C + E). router (E, D) is float32."""
+    """A x and W x as float32 planes (splits, T, C + E). router (E, D) in one of DTYPES."""
     check_dtypes(x, A)
     x, A, router = row_major(x), row_major(A), row_major(router)
     (num_tokens, depth_all), num_experts = x.shape, router.shape[0]

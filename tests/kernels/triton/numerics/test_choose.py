@@ -19,9 +19,8 @@ def lowest_first_top_k(scores: Tensor, top_k: int) -> Tensor:
 
 
 def weights_of(logits: Tensor, ids: Tensor, renormalise: bool) -> Tensor:
-    """(T, E), zero where not chosen."""
-    probs = logits.softmax(-1)
-    chosen = torch.zeros_like(probs).scatter(1, ids, 1.0) * probs
+    """(T, K)."""
+    chosen = logits.softmax(-1).gather(1, ids)
     return chosen / chosen.sum(1, keepdim=True) if renormalise else chosen
 
 
@@ -45,8 +44,10 @@ def test_router(dtype: torch.dtype, case: Case, renormalise: bool) -> None:
     weights64 = weights_of(logits64, got.expert_ids, renormalise)
     weights = weights_of(logits, got.expert_ids, renormalise)
     assert_close("weights", got.weights, weights64, weights)
-    truth = column_by_column(gate_by(p.to(torch.float64), weights64 * scale.double()))
-    expected = plain(gate_by(p, weights * scale))
+    nobody64, nobody = torch.zeros_like(logits64), torch.zeros_like(logits)
+    gates64, gates = (a.scatter(1, got.expert_ids, w) for a, w in ((nobody64, weights64), (nobody, weights)))
+    truth = column_by_column(gate_by(p.to(torch.float64), gates64 * scale.double()))
+    expected = plain(gate_by(p, gates * scale))
     assert_close("hidden", got.hidden, truth[0], expected[0])
     assert_close("gated", got.gated, truth[1], expected[1])
 
@@ -93,9 +94,11 @@ def test_rank_one_experts_route_themselves(dtype: torch.dtype, shape: tuple[int,
     num_tokens, num_in, num_columns, top_k = shape
     p = make(Case("rank 1", num_tokens, num_in, 8, (1,) * num_columns, 1), dtype)
     bias, scale = 0.3 * torch.randn(num_columns, device=DEVICE), 0.5 + torch.rand(num_columns, device=DEVICE)
-    hidden, gated, ids = self_gated_shrink(p.x, p.A, bias, scale, top_k, signed)
+    hidden, gated, ids, weights, logits = self_gated_shrink(p.x, p.A, bias, scale, top_k, signed)
     scores = hidden.float() + bias
-    assert torch.equal(ids, lowest_first_top_k(scores if signed else scores.abs(), top_k))
+    assert torch.equal(logits, scores if signed else scores.abs())
+    assert torch.equal(ids, lowest_first_top_k(logits, top_k))
+    assert torch.equal(weights, torch.ones_like(weights))
     gates = torch.zeros(num_tokens, num_columns, device=DEVICE).scatter(1, ids, 1.0) * scale
     truth, expected = column_by_column(gate_by(p.to(torch.float64), gates.double())), plain(gate_by(p, gates))
     assert_close("hidden", hidden, truth[0], expected[0])

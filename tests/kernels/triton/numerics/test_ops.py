@@ -11,7 +11,6 @@ from molex.kernels.triton import (
     expand_add,
     gate_backward,
     ops,
-    self_gated_shrink,
     shrink_extend,
     shrink_gate,
     skinny_wgrad,
@@ -37,7 +36,7 @@ def calls(p: Problem) -> dict[str, tuple[Callable, tuple]]:
             ops._route_shrink,
             (x, A, x.new_ones(5, 24).float(), scale[:5], p.expert_of_column, p.row_of_column, 2, True),
         ),
-        "self_gated_shrink": (self_gated_shrink, (x, A, scale, scale, 2, False)),
+        "self_gated_shrink": (ops._self_gated_shrink, (x, A, scale, scale, 2, False)),
     }
 
 
