@@ -4,12 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from molex.errors import ConfigError, StateError
 from molex.routers import Router, RouterConfig, routers
 from molex.routers.arrow import ArrowConfig
-from molex.routers.base import BalancedRouter
+from molex.routers.base import BalancedRouter, Gate
 from molex.routers.dynamic import DynamicConfig
 from molex.routers.implicit import ImplicitConfig
 from molex.routers.polytropon import PolytroponConfig
@@ -22,6 +23,7 @@ from molex.routers.task import TaskConfig
 from molex.routers.topk import TopKConfig
 from molex.routing import RouteContext
 from tests.cases import ROUTERS, RouterCase
+from tests.close import assert_close
 from tests.equations import Token
 
 WIDTH = 6
@@ -405,3 +407,19 @@ def test_xlora_gives_every_layer_its_own_or_the_same() -> None:
         router = built(ScalingsConfig(layerwise=layerwise), 4)
         first, second = router.decide(hidden_TD)  # type: ignore[operator]
         assert torch.equal(first.weights, second.weights) != layerwise
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gate_keeps_no_wider_copy_of_its_input(dtype: torch.dtype) -> None:
+    """In 16 bits the product is float32; what is saved for the backward is x itself."""
+    x = torch.randn(7, 12).to(dtype).requires_grad_()
+    gate, kept = Gate(12, 5), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        logits = gate(x)
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), gate.weight.data_ptr()}
+    grad = torch.randn(7, 5)
+    d_x, d_weight = torch.autograd.grad(logits, [x, gate.weight], grad)
+    assert (logits.dtype, d_x.dtype, d_weight.dtype) == (torch.float32, dtype, torch.float32)
+    assert_close("logits", logits, x.double() @ gate.weight.double().T, F.linear(x.float(), gate.weight))
+    assert_close("d weight", d_weight, grad.double().T @ x.double(), grad.T @ x.float())
+    assert_close("d x", d_x, grad.double() @ gate.weight.double(), (grad @ gate.weight).to(dtype))

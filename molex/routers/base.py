@@ -8,11 +8,12 @@ import math
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from molex.checks import check_choice, check_range
 from molex.errors import ConfigError, StateError
@@ -133,13 +134,31 @@ class Gate(nn.Module):
         """(T, D) -> (T, E), float32 or wider, out of autocast's reach."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x.device.type):
-            return F.linear(x.to(dtype), self.weight.to(dtype))
+            weight_ED = self.weight.to(dtype)
+            return F.linear(x, weight_ED) if x.dtype == dtype else _WideLinear.apply(x, weight_ED)
 
     @torch.no_grad()
     def add_row(self) -> None:
         """One more expert, whose logit is 0 until the row is set or trained."""
         weight_ED = torch.cat([self.weight, self.weight.new_zeros(1, self.weight.shape[1])])
         self.weight = nn.Parameter(weight_ED, self.weight.requires_grad)
+
+
+class _WideLinear(torch.autograd.Function):
+    """x Wᵀ in the dtype of W, x saved as it came: the experts keep it anyway, and its cast is twice as large."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        d_x = (grad @ weight).to(x.dtype) if needs_x else None
+        return d_x, grad.T @ x.to(weight.dtype) if needs_weight else None
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
