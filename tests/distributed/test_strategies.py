@@ -90,7 +90,9 @@ def test_ranks_train_as_one_process_does(strategy: str, case: str, folders: _Run
 
     if dtype == torch.float32:
         loaded = molex.load(tiny("llama"), folder)
-        torch.testing.assert_close(logits(loaded), logits(mixture), rtol=1e-5, atol=1e-5)
+        # every factor may be off by TOLERANCE, and logits sum over them: where modules are sharded, feed-forward
+        # blocks run layer by layer and round elsewhere
+        torch.testing.assert_close(logits(loaded), logits(mixture), rtol=1e-4, atol=5 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("case", CASES)
