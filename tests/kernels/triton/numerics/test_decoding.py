@@ -37,7 +37,7 @@ def converted(method: str = "mola", dtype: torch.dtype = torch.float32, **overri
     """One block whose experts and balance biases do something, on the Triton kernels."""
     torch.manual_seed(0)
     uniform = {"allocation": None} if method == "mola" else {}
-    mixture = mixture_of("llama", method, num_hidden_layers=1, backend="triton", **uniform, **overrides)
+    mixture = mixture_of(method=method, num_hidden_layers=1, backend="triton", **uniform, **overrides)
     mixture.model.to(DEVICE)
     for layer in mixture.layers.values():
         layer.base.to(dtype)
@@ -189,6 +189,7 @@ def test_what_is_more_than_the_rule_goes_the_ordinary_way(
         {"method": "mola", "num_experts": 5, "rank": 30},  # more columns than a program holds
         {"method": "mola", "experts": "dora"},
         {"method": "mixlora"},
+        {"method": "mixlora", "name": "opt"},  # its blocks are no gated ones: the two halves are computed apart
         {"method": "smora", "num_experts": 8, "rank": 1, "top_k": 2},
         {"method": "loramoe"},
     ],
