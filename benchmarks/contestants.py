@@ -28,7 +28,8 @@ from molex.kernels.extend import Extend
 
 BACKENDS = tuple(name for name in backends if name != "reference")
 REFERENCES = ("base", "lora", "lora, C")  # these compute something else
-SYNCHRONISE = ("loop", "meteora_loop")  # they ask the GPU how many tokens an expert has, which no graph can hold
+# they ask the GPU how many tokens an expert has, which no graph can hold
+SYNCHRONISE = ("loop", "meteora_loop", "megablocks", "scattermoe", "scattermoe, rank_gated")
 MOST_EXPERTS = 16  # a loop over more takes seconds, and loses by far
 MOST_GATHERED = {"cpu": 2**30, "cuda": 5 * 2**30}  # bytes of factors gathered for each token
 

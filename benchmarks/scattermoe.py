@@ -33,6 +33,8 @@ def available(layer: Layer) -> str | None:
         return f"its kernels run on a GPU, x is on {layer.x.device}"
     if layer.x.dtype == torch.float64:
         return "its kernels add up in float32"
+    if layer.x.is_cuda and layer.x.dtype == torch.float32:
+        return "its kernels multiply float32 in TF32, which others here do not"
     return None
 
 
