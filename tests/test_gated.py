@@ -20,6 +20,12 @@ JOINED = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"
 NOT_JOINED = ["phi3", "gpt2", "gpt_neox", "opt"]  # a fused gate and up; no gate
 
 
+@pytest.fixture(autouse=True)
+def blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones are otherwise computed as streams, which `test_backends` and `test_ffn` are for."""
+    monkeypatch.setattr("molex.kernels.dense.WORTH", 0)
+
+
 def mixture_of(architecture: str, **overrides: object) -> tuple[nn.Module, molex.Mixture]:
     model = tiny(architecture)
     settings = {"num_experts": 4, "rank": 4, "dropout": 0.0, **overrides}

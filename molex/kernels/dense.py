@@ -20,6 +20,8 @@ from molex.kernels.cost import WIDE, Shape, Step, moved, product
 from molex.kernels.streams import CORE
 from molex.routing import Routing
 
+WORTH = 1 << 17  # numbers of a (T, I) tensor: of fewer, an expert after the other takes longer than the zeros do
+
 
 @backends.register("dense")
 class Dense(Backend):
@@ -66,12 +68,13 @@ class Dense(Backend):
     def widen_delta(self, x: Tensor, columns: Columns, routing: Routing) -> Tensor:
         return expand(gate(columns.shrink(x), slot_gates(routing), columns), columns)
 
-    def core(self, x: Tensor) -> Core | None:
-        """What computes between the base's projections of a block; None: streams side by side do."""
-        return CORE if x.device.type == "cpu" and not torch.compiler.is_compiling() else None
+    def core(self, x: Tensor, width: int) -> Core | None:
+        """What computes between the base's projections of a block, `width` wide; None: streams side by side do."""
+        worth = x.shape[:-1].numel() * width >= WORTH
+        return CORE if worth and x.device.type == "cpu" and not torch.compiler.is_compiling() else None
 
     def ffn(self, x: Tensor, block: Block) -> Tensor:
-        core = self.core(x)
+        core = self.core(x, block.down.columns.A.shape[1])
         if core is None:
             return super().ffn(x, block)
         rows_TD, (gate, up, down) = x.reshape(-1, x.shape[-1]), block[:3]

@@ -32,7 +32,7 @@ class Triton(Preload, RoutesItself):
 
         return Primitives(shrink_gate, gate_backward, skinny_wgrad)
 
-    def core(self, x: Tensor) -> Core | None:
+    def core(self, x: Tensor, width: int) -> Core | None:
         from molex.kernels.triton.ffn_ops import ffn_mix, ffn_mix_backward
 
         def forward(inputs: Inputs, mix: Mix) -> tuple[Tensor, Tensor]:

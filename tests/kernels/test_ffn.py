@@ -187,6 +187,12 @@ def results(y: Tensor, p: Problem) -> dict[str, Tensor]:
     return {"y": y.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 
 
+@pytest.fixture(autouse=True)
+def blocks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small ones are otherwise computed as streams, which `test_backends` and `test_ffn` are for."""
+    monkeypatch.setattr("molex.kernels.dense.WORTH", 0)
+
+
 @pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_output_and_gradients(name: str, dtype: torch.dtype, case: Case) -> None:
@@ -249,3 +255,11 @@ def test_what_is_saved_does_not_grow_with_the_experts_of_a_token() -> None:
         return len(wide)
 
     assert saved(1) == saved(4) == 2
+
+
+@pytest.mark.skipif("dense" not in HERE, reason="another process")
+def test_few_numbers_are_not_worth_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    small, large = (make(replace(CASES[0], num_tokens=n, inner=256), torch.float32) for n in (500, 520))
+    assert backends["dense"]().core(small.x, 256) is None  # type: ignore[attr-defined]
+    assert backends["dense"]().core(large.x, 256) is not None  # type: ignore[attr-defined]
