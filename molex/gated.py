@@ -155,7 +155,7 @@ def _name_of(act: nn.Module) -> str | None:
     """Which of ACTIVATIONS a module computes, by trying."""
     if next(act.parameters(), None) is not None:
         return None
-    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")  # whatever device a model is built on
     with torch.no_grad():
         y = act(x)
     return next((name for name, known in ACTIVATIONS.items() if torch.allclose(known.forward(x), y, atol=1e-7)), None)

@@ -112,6 +112,12 @@ def test_a_forward_that_does_more_is_left_as_it_is() -> None:
     assert torch.equal(model(IDS).logits, expected)
 
 
+def test_a_model_without_memory_is_joined_too() -> None:
+    with torch.device("meta"):
+        model, _ = mixture_of("llama")
+    assert len(blocks(model)) == 2
+
+
 def test_dora_experts_run_layer_by_layer() -> None:
     model, mixture = mixture_of("llama", experts="dora")
     assert not blocks(model)
