@@ -101,6 +101,8 @@ class Planner:
 
     def _fastest(self, through: Through, names: list[str]) -> Choice:
         """The fastest of the backends that run here and are right."""
+        if names == ["dense"]:
+            return "dense", "nothing else can run it"
         contestants: Mapping[str, Backend] = {name: self._get(name) for name in names}
         times = race(through, contestants, self._get("dense"))
         ranked = sorted(times, key=times.__getitem__)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import molex
 from molex.errors import BackendError, ConfigError
 from molex.kernels import Backend, Columns, Planner, backends, columns_of
 from molex.kernels.block import Projection
@@ -15,6 +16,7 @@ from molex.kernels.dense import Dense
 from molex.kernels.race import Through, like_layer, race
 from molex.routing import Routing
 from tests.kernels.cases import DEVICE, HERE
+from tests.models import tiny
 
 
 def shapes(
@@ -168,3 +170,29 @@ def test_the_environment_replaces_auto_and_nothing_else(monkeypatch: pytest.Monk
     monkeypatch.setenv("MOLEX_BACKEND", "fast")
     with pytest.raises(ConfigError, match="fast"):
         Planner()
+
+
+@pytest.mark.parametrize("method", ["mola", "mixlora"])
+def test_a_race_inside_a_checkpoint_leaves_its_gradients_alone(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint counts what is saved inside it, and computes it again when that is asked for."""
+
+    def gradients(racing: bool) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr("molex.kernels.planner.may_race", lambda x: racing)
+        model = tiny("llama").train()
+        settings = {"allocation": None} if method == "mola" else {}
+        mixture = molex.convert(model, molex.preset(method, num_experts=4, rank=4, dropout=0.0, **settings))
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model(torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+        assert len(mixture.state.planner._picked) > 0 or not racing
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    torch.manual_seed(0)
+    expected = gradients(racing=False)
+    torch.manual_seed(0)
+    got = gradients(racing=True)
+    assert got.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6)
