@@ -23,7 +23,7 @@ def extended() -> tuple[LlamaForCausalLM, molex.Mixture, dict[str, torch.Tensor]
 
 
 def test_the_weight_is_the_same_parameter_with_the_same_values() -> None:
-    model, mixture, before = extended()
+    _, mixture, before = extended()
     weight = mixture.layers["model.layers.0.self_attn.q_proj"].weight
     assert not weight.is_contiguous()
     assert torch.equal(weight, before["model.layers.0.self_attn.q_proj.weight"])
