@@ -112,7 +112,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--each", action="store_true", help="print the operators by name")
     arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
     row: dict[str, Any] = {"dtype": arguments.dtype, "operators": {}, "kernels": {}, "waits": {}}
     for name, make in contestants().items():
         try:
@@ -129,4 +128,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # tiny models are told about their sizes
     main()
