@@ -71,6 +71,5 @@ def replace(mixture: Mixture, way: Way) -> nn.Module:
     found = {name: RoutedLinear(layer, way) for name, layer in mixture.layers.items()}
     model = mixture.revert()
     for name, linear in found.items():
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, linear)
+        model.set_submodule(name, linear)
     return model

@@ -31,6 +31,7 @@ from molex.errors import BackendError
 from molex.kernels import backends
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = {"hidden": 4096, "inner": 14336, "layers": 4, "tokens": 8192, "experts": 8, "rank": 16, "top_k": 2}
 UNFIT = ("reference", "megablocks")  # for tests alone; bfloat16 alone, where models are checked in float32
 CHECKED_TOKENS, TOLERANCE = 32, 2e-3  # relative RMS error in float32, which a GPU's kernels may multiply as TF32
 
@@ -86,18 +87,23 @@ def contestants(arguments: argparse.Namespace) -> dict[str, nn.Module]:
     base = build(arguments)
     made: dict[str, nn.Module] = {"base": base}
     made |= {"lora": with_lora(copy.deepcopy(base), used), "lora, C": with_lora(copy.deepcopy(base), stored)}
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=arguments.device)
     for backend in ("auto", *(name for name in backends if name not in UNFIT)):
         model = with_experts(copy.deepcopy(base), arguments, backend)
-        try:
-            with torch.no_grad():
-                model(ids)
-        except BackendError as error:
-            print(f"without {backend}: {error}", flush=True)
-        else:
+        if runs(model, backend, arguments.device):
             made[f"molex, {backend}"] = model
     others = ways(arguments.device, getattr(torch, arguments.dtype))
     return made | {name: with_way(copy.deepcopy(base), arguments, way) for name, way in others.items()}
+
+
+def runs(model: nn.Module, backend: str, device: str) -> bool:
+    """Whether a backend takes the model there; if not, the reason is printed."""
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.int64, device=device))
+    except BackendError as error:
+        print(f"without {backend}: {error}", flush=True)
+        return False
+    return True
 
 
 def check(models: Mapping[str, nn.Module], arguments: argparse.Namespace) -> None:
@@ -149,16 +155,21 @@ def report(
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Decoder layers with experts against their base")
+def read_arguments(description: str, sizes: Mapping[str, int], rounds: int, seconds: float) -> argparse.Namespace:
+    """What to build, and for how long to time each row of it."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each row, once there are a few rounds")
-    sizes = {"hidden": 4096, "inner": 14336, "layers": 4, "tokens": 8192, "experts": 8, "rank": 16, "top_k": 2}
-    for name, size in {**sizes, "rounds": 20, "threads": 2}.items():
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each row, once there are a few rounds")
+    for name, size in {**sizes, "rounds": rounds, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=size)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    return arguments
+
+
+def main() -> None:
+    arguments = read_arguments("Decoder layers with experts against their base", SIZES, rounds=20, seconds=20.0)
     models = contestants(arguments)
     check(models, arguments)
     ids = torch.randint(0, 1024, (1, arguments.tokens), device=arguments.device)

@@ -24,12 +24,12 @@ from transformers import LlamaForCausalLM
 import molex
 from benchmarks.blocks import NAMES, THEIRS, Block, Method
 from benchmarks.harness import interleave, ratios, summary, write
-from benchmarks.stack import awake, build
-from molex.errors import BackendError
+from benchmarks.stack import awake, build, read_arguments, runs
 from molex.experts.lora import LoRABank
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 
+SIZES = {"hidden": 1024, "inner": 2816, "layers": 2, "tokens": 1024, "experts": 8, "rank": 16, "top_k": 2}
 BACKENDS = ("auto", "dense", "preload", "triton")
 BALANCE, RATE, CHECKED_TOKENS, TOLERANCE = 1e-3, 1e-4, 32, 2e-3
 
@@ -82,8 +82,7 @@ def replace(mixture: Mixture, method: Method) -> nn.Module:
     found |= {name: PlainLoRA(layer) for name, layer in layers.items() if name.rpartition(".")[0] not in blocks}
     model = mixture.revert()
     for name, module in found.items():
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, module)
+        model.set_submodule(name, module)
     return model
 
 
@@ -103,12 +102,7 @@ def contestants(arguments: argparse.Namespace) -> dict[str, nn.Module]:
         made[name] = replace(mixture, method)
     for backend in BACKENDS:
         model = convert(copy.deepcopy(base), arguments, backend)
-        try:
-            with torch.no_grad():
-                model(torch.zeros(1, 2, dtype=torch.int64, device=arguments.device))
-        except BackendError as error:
-            print(f"without {backend}: {error}", flush=True)
-        else:
+        if runs(model, backend, arguments.device):
             made[f"molex, {backend}"] = model
     return made
 
@@ -172,22 +166,15 @@ def training_step(model: nn.Module, ids: Tensor) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="MixLoRA's training step against the textbook's and its own code's")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--seconds", type=float, default=60.0, help="once there are a few rounds")
-    sizes = {"hidden": 1024, "inner": 2816, "layers": 2, "tokens": 1024, "experts": 8, "rank": 16, "top_k": 2}
-    for name, size in {**sizes, "rounds": 30, "threads": 2}.items():
-        parser.add_argument(f"--{name}", type=int, default=size)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    description = "MixLoRA's training step against the textbook's and its own code's"
+    arguments = read_arguments(description, SIZES, rounds=30, seconds=60.0)
     models = contestants(arguments)
     check(models, arguments)
     ids = torch.randint(0, 1024, (1, arguments.tokens), device=arguments.device)
     steps = {name: training_step(model, ids) for name, model in models.items()}
     warmup = 10 if arguments.device == "cuda" else 1
     times = interleave(steps, arguments.rounds, warmup, arguments.device, arguments.seconds)
-    row = {name: getattr(arguments, name) for name in (*sizes, "device", "dtype")} | {"rounds": len(times["base"])}
+    row = {name: getattr(arguments, name) for name in (*SIZES, "device", "dtype")} | {"rounds": len(times["base"])}
     row["milliseconds"] = {name: summary([1e3 * t for t in own]) for name, own in times.items()}
     row["times_base"] = {name: ratios(own, times["base"]) for name, own in times.items() if name != "base"}
     ours = [name for name in times if name.startswith("molex")]
