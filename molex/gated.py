@@ -17,6 +17,7 @@ from molex.ffn import NarrowLinear, WidenLinear
 from molex.kernels.block import Block, Projection
 from molex.kernels.streams import ACTIVATIONS
 from molex.layer import MixtureLinear
+from molex.linears import hooked
 from molex.routing import Routing
 
 
@@ -39,10 +40,11 @@ class GatedForward:
     def _block(self, x: Tensor) -> Block:
         gate, up, down = self.layers
         routing = MixtureLinear.route(gate.leader, x, None)
+        chosen = everyone(routing)
         keep, share = _keep(down, x)
         return Block(
-            gate=_projection(gate, x, everyone(routing), _dropped(gate, x)),
-            up=_projection(up, x, everyone(routing), _dropped(up, x)),
+            gate=_projection(gate, x, chosen, _dropped(gate, x)),
+            up=_projection(up, x, chosen, _dropped(up, x)),
             down=_projection(down, x, routing._replace(weights=routing.weights * share), None),
             activation=self.activation,
             routing=routing,
@@ -58,7 +60,7 @@ class GatedForward:
         ):
             return True
         inside = (*self.layers, *(layer.experts for layer in self.layers), self.act)
-        return any(_hooked(module) for module in inside)
+        return any(hooked(module) for module in inside)
 
     def remove(self) -> None:
         """Gives the module its own forward back."""
@@ -87,11 +89,6 @@ def _keep(down: MixtureLinear, x: Tensor) -> tuple[Tensor | None, float]:
     share = 1 - down.experts.dropout.p
     keep_TI = torch.empty(x.shape[:-1].numel(), down.in_features, dtype=torch.bool, device=x.device)
     return keep_TI.bernoulli_(share), 1 / share if share else 0.0
-
-
-def _hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
 
 
 def join_blocks(model: nn.Module, layers: Collection[MixtureLinear]) -> list[GatedForward]:

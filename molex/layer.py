@@ -16,6 +16,7 @@ from molex.experts import ExpertBank, LoRA
 from molex.experts.lora import LoRABank
 from molex.kernels import Form
 from molex.kernels.routed import may_route, routed_linear
+from molex.linears import hooked
 from molex.routers import Router
 from molex.routing import RouteContext, Routing, Rule
 from molex.state import MixtureState
@@ -121,7 +122,7 @@ class MixtureLinear(nn.Module):
 def _only_computes(outer: nn.Module) -> bool:
     """Whether a module and those in it are in evaluation and their own: not hooked, replaced, sharded or offloaded."""
     for module in (outer, *outer.children()):
-        if module.training or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if module.training or hooked(module):
             return False
         if any(
             type(p) is not nn.Parameter or hasattr(p, "ds_id") for p in module._parameters.values() if p is not None

@@ -16,6 +16,12 @@ def features(base: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether calling it is more than its class' forward: hooks, or a forward of its own, as accelerate gives it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 def master_dtype(base: nn.Module) -> torch.dtype:
     """float32 over 16-bit and quantised bases; a wider base's own."""
     weight = getattr(base, "weight", None)

@@ -35,9 +35,23 @@ class Columns(NamedTuple):
         A_RD = self.A[own] if self.row_of_column is None else self.A[self.row_of_column[own]]
         return A_RD, self.B[:, own]
 
+    def gate(self, hidden: Tensor, gates: Tensor) -> Tensor:
+        """Every column times its expert's gate: (..., T, C), (..., T, E) -> (..., T, C)."""
+        return gate(hidden, gates, self.expert_of_column, self.uniform_rank())
+
     def uniform_rank(self) -> int | None:
         """R where every expert has the same rank, else None."""
         return self.ranks[0] if len(set(self.ranks)) == 1 else None
+
+
+def gate(hidden: Tensor, gates: Tensor, expert_of_column: Tensor, rank: int | None) -> Tensor:
+    """Every column times its expert's gate: (..., T, C), (..., T, E) -> (..., T, C), in the wider of both dtypes.
+
+    rank: of every expert, where all have the same.
+    """
+    if rank is None:
+        return hidden * gates[..., expert_of_column]
+    return (hidden.unflatten(-1, (gates.shape[-1], rank)) * gates[..., None]).flatten(-2)
 
 
 def columns_of(ranks: tuple[int, ...]) -> Tensor:

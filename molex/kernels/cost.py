@@ -70,11 +70,9 @@ def seconds(steps: Iterable[Step], itemsize: int, ceilings: Ceilings) -> float:
     )
 
 
-def product(rows: int, wide: int, deep: int, itemsize: int, onto: bool = False, out: int | None = None) -> Step:
-    """(rows, deep) times (deep, wide). onto: added to a result that is there, which is read too. out: bytes of a result
-    that is of another dtype."""
-    result = rows * wide * (itemsize if out is None else out)
-    return Step(2 * rows * wide * deep, itemsize * (rows + wide) * deep + result * (1 + onto))
+def product(rows: int, wide: int, deep: int, itemsize: int, onto: bool = False) -> Step:
+    """(rows, deep) times (deep, wide). onto: added to a result that is there, which is read too."""
+    return Step(2 * rows * wide * deep, itemsize * ((rows + wide) * deep + rows * wide * (1 + onto)))
 
 
 def moved(rows: int, width: int, bytes_each: int, launches: int = 1) -> Step:

@@ -61,12 +61,12 @@ class Dense(Backend):
     def widen_add(self, y: Tensor, rows: Tensor, columns: Columns, routing: Routing) -> Tensor:
         if y.dtype != columns.B.dtype:
             return super().widen_add(y, rows, columns, routing)
-        gated_KTC = gate(columns.shrink(rows), slot_gates(routing), columns).to(y.dtype)
+        gated_KTC = columns.gate(columns.shrink(rows), slot_gates(routing)).to(y.dtype)
         num_slots = len(gated_KTC)
         return torch.baddbmm(y.expand(num_slots, -1, -1), gated_KTC, columns.B.T.expand(num_slots, -1, -1))
 
     def widen_delta(self, x: Tensor, columns: Columns, routing: Routing) -> Tensor:
-        return expand(gate(columns.shrink(x), slot_gates(routing), columns), columns)
+        return expand(columns.gate(columns.shrink(x), slot_gates(routing)), columns)
 
     def core(self, x: Tensor, width: int) -> Core | None:
         """What computes between the base's projections of a block, `width` wide; None: streams side by side do."""
@@ -102,26 +102,18 @@ class Dense(Backend):
 def _gated(rows: Tensor, one: Projection) -> Tensor:
     """(T, D) -> (T, C) in the dtype of the rows, zero in the columns of experts that are not a token's."""
     source = rows if one.source is None else one.source.reshape(rows.shape)
-    return gate(one.columns.shrink(source), one.routing.gates(), one.columns).to(rows.dtype)
+    return one.columns.gate(one.columns.shrink(source), one.routing.gates()).to(rows.dtype)
 
 
 def gated_hidden(x: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None) -> Tensor:
     """(T, D) -> (T, C), float32 or wider."""
     hidden_TC = columns.shrink(x) if hidden is None else hidden
-    return gate(hidden_TC, routing.gates(), columns)
+    return columns.gate(hidden_TC, routing.gates())
 
 
 def gated_streams(streams: Tensor, columns: Columns, routing: Routing) -> Tensor:
     """Each slot's stream through its own expert's columns: (K, T, D) -> (T, C), float32 or wider."""
-    return gate(columns.shrink(streams), slot_gates(routing), columns).sum(0)
-
-
-def gate(hidden: Tensor, gates: Tensor, columns: Columns) -> Tensor:
-    """Multiplies every column by its expert's gate: (..., T, C), (..., T, E) -> (..., T, C)."""
-    rank = columns.uniform_rank()
-    if rank is None:
-        return hidden * gates[..., columns.expert_of_column]
-    return (hidden.unflatten(-1, (len(columns.ranks), rank)) * gates[..., None]).flatten(-2)
+    return columns.gate(columns.shrink(streams), slot_gates(routing)).sum(0)
 
 
 def expand(gated: Tensor, columns: Columns) -> Tensor:

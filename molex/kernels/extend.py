@@ -51,23 +51,11 @@ class Extend(Preload):
         hidden, gated = shrink_gate(x, columns.A, gates, columns.expert_of_column, columns.row_of_column)
         return hidden, F.pad(torch.cat([x, gated], dim=1), (0, width - x.shape[1] - gated.shape[1]))
 
-    def linear(
-        self,
-        x: Tensor,
-        base: nn.Module,
-        columns: Columns,
-        routing: Routing,
-        *,
-        dropped: Tensor | None = None,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        if dropped is not None or hidden is not None:  # base and experts read two tensors, or A x is there already
-            return super().linear(x, base, columns, routing, dropped=dropped, hidden=hidden)
-        rows_TD, memory = x.reshape(-1, x.shape[-1]), self.memory(base, columns.B)
-        y_TO = _Extended.apply(
-            rows_TD, memory, weight_of(base)[1], columns.A, columns.B, routing.gates(), columns, self
-        )
-        return y_TO.view(*x.shape[:-1], len(memory))
+    def layer(self, x: Tensor, source: Tensor | None, base: nn.Module, columns: Columns, routing: Routing) -> Tensor:
+        if source is not None:  # base and experts read two tensors: there is no [x | g]
+            return super().layer(x, source, base, columns, routing)
+        memory, bias = self.memory(base, columns.B), weight_of(base)[1]
+        return _Extended.apply(x, memory, bias, columns.A, columns.B, routing.gates(), columns, self)
 
     @torch.no_grad()
     def memory(self, base: nn.Module, B: Tensor) -> Tensor:

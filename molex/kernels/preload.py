@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from molex.kernels.base import backends
-from molex.kernels.columns import Columns
+from molex.kernels.columns import Columns, gate
 from molex.kernels.cost import WIDE, Shape, Step, moved, product
-from molex.kernels.dense import Dense, gate, gated_streams
+from molex.kernels.dense import Dense, gated_streams
+from molex.linears import hooked
 from molex.routing import Routing
 
 
@@ -60,18 +61,23 @@ class Preload(Dense):
 
     def steps(self, shape: Shape) -> Iterator[Step] | None:
         T, D, O, C, s = shape.num_tokens, shape.num_in, shape.num_out, shape.num_columns, shape.itemsize  # noqa: E741
-        forward, backward = self.launches
+        launches = self.launches[0]
         yield product(T, C, D, s)
-        yield moved(T, C, s + WIDE * forward, launches=forward)
+        yield moved(T, C, s + WIDE * launches, launches=launches)
         yield product(T, O, C, s)
         yield product(T, O, D, s, onto=True)
         if shape.backward:
-            yield product(T, C, O, s)
-            yield moved(T, C, 3 * s + WIDE * (backward - 1), launches=backward)
-            yield product(O, C, T, s)
-            yield product(C, D, T, s)
-            yield product(T, D, C, s)
-            yield product(T, D, O, s, onto=True)
+            yield from self.backward_steps(shape)
+
+    def backward_steps(self, shape: Shape) -> Iterator[Step]:
+        T, D, O, C, s = shape.num_tokens, shape.num_in, shape.num_out, shape.num_columns, shape.itemsize  # noqa: E741
+        launches = self.launches[1]
+        yield product(T, C, O, s)
+        yield moved(T, C, 3 * s + WIDE * (launches - 1), launches=launches)
+        yield product(O, C, T, s)
+        yield product(C, D, T, s)
+        yield product(T, D, C, s)
+        yield product(T, D, O, s, onto=True)
 
     def supports(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module) -> str | None:
         return why_not_plain(base, x)
@@ -86,16 +92,22 @@ class Preload(Dense):
         dropped: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        W, bias = weight_of(base)
         rows_TD = x.reshape(-1, x.shape[-1])
-        if hidden is not None:
-            gated_TC = gate(hidden, routing.gates(), columns).to(x.dtype)
-            return folded(rows_TD, W, bias, gated_TC, columns.B).view(*x.shape[:-1], len(W))
-        source = None if dropped is None else dropped.reshape(rows_TD.shape)
+        if hidden is None:
+            y_TO = self.layer(
+                rows_TD, None if dropped is None else dropped.reshape(rows_TD.shape), base, columns, routing
+            )
+        else:
+            gated_TC = columns.gate(hidden, routing.gates()).to(x.dtype)
+            y_TO = folded(rows_TD, *weight_of(base), gated_TC, columns.B)
+        return y_TO.view(*x.shape[:-1], len(columns.B))
+
+    def layer(self, x: Tensor, source: Tensor | None, base: nn.Module, columns: Columns, routing: Routing) -> Tensor:
+        """`linear` of rows (T, D) -> (T, O). source (T, D): what the experts read where that is not x."""
         owners, rows = columns.expert_of_column, columns.row_of_column
         factors = (columns.A, columns.B, routing.gates(), owners, rows)
         how = (self.primitives(columns), self.expand(columns, routing), columns.uniform_rank())
-        return _Linear.apply(rows_TD, source, W, bias, *factors, *how).view(*x.shape[:-1], len(W))
+        return _Linear.apply(x, source, *weight_of(base), *factors, *how)
 
     def narrow_add(self, mixed: Tensor, streams: Tensor, base: nn.Module, columns: Columns, routing: Routing) -> Tensor:
         gated_TC = gated_streams(streams, columns, routing).to(mixed.dtype)
@@ -107,7 +119,7 @@ def why_not_plain(base: nn.Module, x: Tensor) -> str | None:
     """Why a kernel may not take the base's weight for what the base does; None where it may."""
     if type(base) is not nn.Linear or "forward" in vars(base):
         return f"the base is a {type(base).__name__}, or changed: its weight alone does not say what it computes"
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+    if hooked(base):
         return "the base has hooks, which would not be called"
     weight = base.weight
     if type(weight) not in (Tensor, nn.Parameter) or hasattr(weight, "ds_id") or weight.dim() != 2:
@@ -191,10 +203,8 @@ def shrink_gate(
 
 
 def gate_columns(hidden: Tensor, gates: Tensor, expert_of_column: Tensor, rank: int | None) -> Tensor:
-    """(T, C) times each column's gate, in its own dtype. rank: of every expert, where all have the same."""
-    if rank is None:
-        return (hidden * gates[:, expert_of_column]).to(hidden.dtype)
-    return (hidden.unflatten(1, (-1, rank)) * gates[..., None]).flatten(1).to(hidden.dtype)
+    """(T, C) times each column's gate, in its own dtype."""
+    return gate(hidden, gates, expert_of_column, rank).to(hidden.dtype)
 
 
 def gate_backward(

@@ -113,11 +113,8 @@ def _backward_of_expert(
 ) -> None:
     """Adds what some tokens' stream through one expert gives, to all."""
     tokens, slots, own = rows
-    weights_N1, d_mixed_NI, d_hidden_NR = (
-        inputs.weights[tokens, slots, None],
-        rows.of(d_mixed),
-        rows.of(d_hidden[:, own]),
-    )
+    d_mixed_NI, d_hidden_NR = rows.of(d_mixed), rows.of(d_hidden[:, own])
+    weights_N1 = inputs.weights[tokens, slots, None]
     inner_NI, up_NI = _stream(inputs, rows)
     activated_NI = act.forward(inner_NI)
     out_NI = activated_NI * up_NI

@@ -27,7 +27,7 @@ SORTING = 20  # launches on index tensors
 
 @backends.register("triton_grouped")
 class TritonGrouped(Triton):
-    """Single linears; the two ends of a feed-forward block are `dense`'s."""
+    """Single linears; the two ends of a feed-forward block are `triton`'s."""
 
     has_blocks: ClassVar[bool] = False  # the same as triton's
 
@@ -47,24 +47,10 @@ class TritonGrouped(Triton):
             yield Step(2 * T * K * R * O, T * K * (O + R) * s + columns * O * WIDE)
             yield Step(2 * T * K * R * D, T * K * (D + R) * s + columns * D * WIDE)
 
-    def linear(
-        self,
-        x: Tensor,
-        base: nn.Module,
-        columns: Columns,
-        routing: Routing,
-        *,
-        dropped: Tensor | None = None,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        if hidden is not None:  # A x of every column is there, so the pairs have nothing left to save
-            return super().linear(x, base, columns, routing, dropped=dropped, hidden=hidden)
-        rows_TD = x.reshape(-1, x.shape[-1])
-        source = None if dropped is None else dropped.reshape(rows_TD.shape)
+    def layer(self, x: Tensor, source: Tensor | None, base: nn.Module, columns: Columns, routing: Routing) -> Tensor:
         factors = (columns.A, columns.B, routing.weights, routing.expert_ids)
         owners, rows = columns.expert_of_column, columns.row_of_column
-        y_TO = _Pairs.apply(rows_TD, source, *weight_of(base), *factors, owners, rows, columns.ranks)
-        return y_TO.view(*x.shape[:-1], len(columns.B))
+        return _Pairs.apply(x, source, *weight_of(base), *factors, owners, rows, columns.ranks)
 
 
 class _Pairs(torch.autograd.Function):

@@ -38,7 +38,7 @@ class TritonSkip(Triton):
         yield product(T, O, D, s)
         yield product(T, O, round(experts_of_tile(shape) * shape.rank), s, onto=True)
         if shape.backward:
-            yield from list(super().steps(shape) or ())[4:]
+            yield from self.backward_steps(shape)
 
     def expand(self, columns: Columns, routing: Routing) -> Expand:
         from molex.kernels.triton import expand_add_tiles, tile_tokens

@@ -223,7 +223,7 @@ def test_experts_of_zero_leave_the_base_bit_for_bit(name: str, normalised: bool,
         assert torch.equal(got, expected)
 
 
-@pytest.mark.skipif("dense" not in HERE, reason="another process")
+@pytest.mark.skipif("dense" not in HERE, reason="the interpreter's process runs the backends on Triton alone")
 @pytest.mark.parametrize("case", [CASES[0], CASES[6], CASES[8], CASES[9]], ids=lambda case: case.name)
 def test_gradcheck(case: Case) -> None:
     p = make(replace(case, num_tokens=3, hidden=5, inner=6), torch.float64)
@@ -238,7 +238,7 @@ def test_gradcheck(case: Case) -> None:
     assert torch.autograd.gradcheck(function, [*p.leaves().values()])
 
 
-@pytest.mark.skipif("dense" not in HERE, reason="another process")
+@pytest.mark.skipif("dense" not in HERE, reason="the interpreter's process runs the backends on Triton alone")
 def test_what_is_saved_does_not_grow_with_the_experts_of_a_token() -> None:
     """Two I-wide tensors between the projections, however many experts; streams would be K of each."""
 
@@ -259,7 +259,7 @@ def test_what_is_saved_does_not_grow_with_the_experts_of_a_token() -> None:
     assert saved(1) == saved(4) == 2
 
 
-@pytest.mark.skipif("dense" not in HERE, reason="another process")
+@pytest.mark.skipif("dense" not in HERE, reason="the interpreter's process runs the backends on Triton alone")
 def test_few_numbers_are_not_worth_a_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     small, large = (make(replace(CASES[0], num_tokens=n, inner=256), torch.float32) for n in (500, 520))
