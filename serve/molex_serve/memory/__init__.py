@@ -1,0 +1,1 @@
+"""Memory that is reserved once and committed when adapters come: arenas, ranges in them, and the arithmetic of it."""
