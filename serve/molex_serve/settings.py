@@ -26,9 +26,9 @@ class AdapterLimits:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """cache_tokens: that the KV cache holds, of all requests; step_tokens: computed in one step; step_requests: requests
-    in one step; step_adapters: different adapters in one step; queue: requests that may wait; drain_steps: after so many
-    steps a waiting adapter gets a place before running ones get another request."""
+    """cache_tokens: that the KV cache holds, of all requests; step_tokens, step_requests, step_adapters: how many tokens,
+    requests and different adapters one step computes; queue: requests that may wait; drain_steps: after so many steps a
+    waiting adapter gets a place before running ones get another request."""
 
     cache_tokens: int = 16384
     page_tokens: int = 16

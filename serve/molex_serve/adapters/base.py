@@ -6,7 +6,7 @@ same generation, and caches keyed by it never mix two contents.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ Kind = Literal["lora", "blend", "mixture", "esft"]
 
 @dataclass(frozen=True, kw_only=True)
 class HostAdapter:
-    """num_bytes: of its tensors in memory. source: where it came from, for people. parts: aliases a blend is made of."""
+    """num_bytes: of its tensors in memory. source: where it came from, for people."""
 
     kind: Kind
     generation: str
@@ -50,8 +50,11 @@ class Routed(HostAdapter):
     mixture: Mixture
 
 
-class ExpertWeights(tuple[Tensor, Tensor]):
-    """gate_up (2I, H) and down (H, I) of one expert that replaces the base's."""
+class ExpertWeights(NamedTuple):
+    """One expert that replaces the base's."""
+
+    gate_up: Tensor  # (2I, H)
+    down: Tensor  # (H, I)
 
 
 @dataclass(frozen=True, kw_only=True)
