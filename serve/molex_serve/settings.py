@@ -27,8 +27,8 @@ class AdapterLimits:
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """cache_tokens: that the KV cache holds, of all requests; step_tokens, step_requests, step_adapters: how many
-    tokens, requests and different adapters a step computes; queue: requests that may wait; drain_steps: after so many steps a
-    waiting adapter gets a place before running ones get another request."""
+    tokens, requests and different adapters a step computes; queue: requests that may wait; drain_steps: after so many
+    steps a waiting adapter gets a place before running ones get another request."""
 
     cache_tokens: int = 16384
     page_tokens: int = 16
