@@ -86,10 +86,10 @@ def ffn_mix_backward_kernel(
             B_gate, B_up = (block.gate_B, 1, wide * stride.gate_B), (block.up_B, 1, wide * stride.up_B)
             add_shrunk(plane_ptr, rows, t_mask, d_gate_e, *B_gate, wide < I, columns, UP, BLOCK_C)
             add_shrunk(plane_ptr + to_up, rows, t_mask, d_up_e, *B_up, wide < I, columns, UP, BLOCK_C)
+            tl.debug_barrier()  # the next expert may share a block of columns, read by other threads
         t = tl.load(plan.order + n, t_mask, other=0)
         tl.store(d_gate_ptr + t * I + i, rounded(d_gate, UP), mask)
         tl.store(d_up_ptr + t * I + i, rounded(d_up, UP), mask)
-        tl.debug_barrier()  # what was added to planes is there before it is read again, maybe by other threads
 
 
 def launch_mix_backward(grads: Grads, block: Block, plan: Plan, activation: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -71,9 +71,9 @@ def ffn_mix_kernel(
                 stream = tl.where(keep != 0, stream, 0.0)
             stream, down_A = narrowed(stream, block.down_A, UP), (block.down_A, stride.down_A, wide)
             add_shrunk(plane_ptr, t * C, t_mask, stream, *down_A, wide < I, columns, UP, BLOCK_C)
+            tl.debug_barrier()  # the next expert may share a block of columns, read by other threads
         t = tl.load(plan.order + n, t_mask, other=0)
         tl.store(mixed_ptr + t * I + i, rounded(mixed, UP), mask)
-        tl.debug_barrier()  # what was added to planes is there before it is read again, maybe by other threads
 
 
 def launch_mix(block: Block, plan: Plan, activation: str) -> tuple[Tensor, Tensor]:
