@@ -57,8 +57,15 @@ class Router(Exact, ABC):
             raise ConfigError("this router is made for the experts it has; convert anew with one more")
         self.num_experts += 1
 
-    def task_ids(self, ctx: RouteContext, num_tasks: int) -> Tensor:
+    @property
+    def num_tasks(self) -> int | None:
+        """How many tasks it tells apart; None where it does not go by task."""
+        return None
+
+    def task_ids(self, ctx: RouteContext) -> Tensor:
         """The tokens' tasks (T,). Raises StateError when nobody set them, ConfigError when one is out of range."""
+        num_tasks = self.num_tasks
+        assert num_tasks is not None
         if ctx.task_ids is None:
             raise StateError(
                 f"{ctx.layer}: this router goes by task; call mixture.set_tasks(ids) or pass a `task_ids` column"

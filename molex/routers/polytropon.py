@@ -41,8 +41,12 @@ class PolytroponRouter(Router):
         self.config = config
         self.task_logits = nn.Parameter(torch.empty(config.num_tasks, self.num_experts).uniform_(-1e-3, 1e-3))
 
+    @property
+    def num_tasks(self) -> int:
+        return self.config.num_tasks
+
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
-        tasks_T = self.task_ids(ctx, self.config.num_tasks)
+        tasks_T = self.task_ids(ctx)
         logits_TE = self.task_logits.to(torch.promote_types(x.dtype, torch.float32))[tasks_T]
         noisy = self.training and self.config.relaxed
         scores_TE = (logits_TE + _logistic_noise(logits_TE, ctx)).sigmoid() if noisy else logits_TE.sigmoid()

@@ -43,9 +43,13 @@ class StagedRouter(GatedRouter):
         self.stage: Stage = config.stage
         self.gate = Gate(in_features, num_experts, config.gate_init)
 
+    @property
+    def num_tasks(self) -> int | None:
+        return self.num_experts if self.stage == "hard" else None
+
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         if self.stage == "hard":
-            ids_TK = self.task_ids(ctx, self.num_experts)[:, None]
+            ids_TK = self.task_ids(ctx)[:, None]
             dtype = torch.promote_types(x.dtype, torch.float32)
             return Routing(ids_TK, torch.ones_like(ids_TK, dtype=dtype), None, self.num_experts)
         logits_TE = self.gate(x)

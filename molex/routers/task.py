@@ -45,11 +45,15 @@ class TaskRouter(Router):
         super().__init__(num_experts)
         self.config = config
 
+    @property
+    def num_tasks(self) -> int:
+        return self.num_experts - (self.config.mode == "sum")
+
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         if self.config.mode == "sum":
-            own_T = 1 + self.task_ids(ctx, self.num_experts - 1)
+            own_T = 1 + self.task_ids(ctx)
             ids_TK = torch.stack([torch.zeros_like(own_T), own_T], dim=1)
         else:
-            ids_TK = self.task_ids(ctx, self.num_experts)[:, None]
+            ids_TK = self.task_ids(ctx)[:, None]
         dtype = torch.promote_types(x.dtype, torch.float32)
         return Routing(ids_TK, torch.ones_like(ids_TK, dtype=dtype), None, self.num_experts)
