@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
-from molex.experts import LoRA
+from molex.library import Factors
 from molex.mixture import Mixture
 
 Kind = Literal["lora", "blend", "mixture", "esft"]
@@ -29,23 +28,19 @@ class HostAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(HostAdapter):
-    """loras: for each linear that it changes, by name, its experts and the weight of each: one at 1 for a LoRA, the
-    members of a blend at their shares. Every linear lists the same number of experts; one that lacks it has rank 0."""
+    """factors: a LoRA for each linear that it changes, by name; of a blend, its members' columns side by side."""
 
-    loras: Mapping[str, tuple[LoRA, ...]]
-    weights: tuple[float, ...] = (1.0,)
-    names: tuple[str, ...] = ()
+    factors: Factors
 
     @property
-    def ranks(self) -> tuple[int, ...]:
-        """Of each expert, the largest of all linears."""
-        experts = zip(*self.loras.values(), strict=True)
-        return tuple(max(lora.A.shape[0] for lora in own) for own in experts)
+    def rank(self) -> int:
+        """The largest of all linears."""
+        return max(len(lora.A) for lora in self.factors.values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Routed(HostAdapter):
-    """mixture: over a base without memory; its banks and routers are real, and in evaluation."""
+    """mixture: over a model of its own that shares the served base's weights; in evaluation."""
 
     mixture: Mixture
 
@@ -62,12 +57,3 @@ class ExpertSwap(HostAdapter):
     """experts: for each mixture-of-experts layer, by name, which of its experts are replaced, and by what."""
 
     experts: Mapping[str, Mapping[int, ExpertWeights]] = field(default_factory=dict)
-
-
-def dtype_of(loras: Mapping[str, tuple[LoRA, ...]]) -> torch.dtype:
-    """The widest of an adapter's factors."""
-    found = torch.bfloat16
-    for own in loras.values():
-        for lora in own:
-            found = torch.promote_types(found, lora.A.dtype)
-    return found

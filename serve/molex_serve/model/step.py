@@ -1,6 +1,6 @@
 """Whose tokens a forward has: known on the host before it starts, so that nothing waits for the device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -41,10 +41,33 @@ class Step:
         """The adapters' handles in this step, ascending, without the base."""
         return tuple(sorted({span.handle for span in self.spans} - {BASE}))
 
-    def spans_of(self, handle: int) -> Iterator[Span]:
-        return (span for span in self.spans if span.handle == handle)
-
     def rows_of(self, handle: int) -> Tensor:
         """(N,) the tokens of an adapter."""
-        ranges = [torch.arange(span.start, span.stop) for span in self.spans_of(handle)]
-        return torch.cat(ranges).to(self.handles.device)
+        return self._rows(lambda span: span.handle == handle)
+
+    def rows_without(self, handles: frozenset[int]) -> Tensor:
+        """(N,) the tokens of all others, padding included."""
+        own = self._rows(lambda span: span.handle in handles)
+        keep = torch.ones(len(self.handles), dtype=torch.bool)
+        keep[own.cpu()] = False
+        return keep.nonzero().squeeze(1).to(self.handles.device)
+
+    def without(self, handles: frozenset[int]) -> "Step":
+        """The step of these others alone, their tokens moved together."""
+        spans, end = [], 0
+        for span in self.spans:
+            if span.handle not in handles:
+                spans.append(span._replace(start=end, stop=end + span.stop - span.start))
+                end = spans[-1].stop
+        return Step(tuple(spans), self.handles[self.rows_without(handles)])
+
+    def tasks_of(self, handle: int) -> Tensor | None:
+        """(N,) the tasks of an adapter's tokens; None where any of its requests has none."""
+        own = [span for span in self.spans if span.handle == handle]
+        if any(span.task is None for span in own):
+            return None
+        return torch.tensor([span.task for span in own for _ in range(span.start, span.stop)])
+
+    def _rows(self, mine: Callable[[Span], bool]) -> Tensor:
+        ranges = [torch.arange(span.start, span.stop) for span in self.spans if mine(span)]
+        return torch.cat(ranges).to(self.handles.device) if ranges else self.handles.new_empty(0)

@@ -1,0 +1,68 @@
+"""What one step adds to the base, at its linears and in its feed-forward blocks."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from molex_serve.model.columns import ColumnPool
+from molex_serve.model.linear import Adds, Block, Current
+from molex_serve.model.routed import RoutedAdapter
+from molex_serve.model.step import Step
+
+
+class Own(NamedTuple):
+    """A routed adapter and its tokens in the step."""
+
+    adapter: RoutedAdapter
+    rows: Tensor  # (N,)
+
+
+class Plan(Adds):
+    """Of one step. Tokens of adapters that are not in it, and padding, are the base's."""
+
+    def __init__(self, step: Step, pool: ColumnPool, routed: Mapping[int, RoutedAdapter]):
+        self.step, self.pool, self.routed = step, pool, routed
+        self.columns = pool.of(step)
+        self.own = {handle: Own(routed[handle], step.rows_of(handle)) for handle in step.present if handle in routed}
+        self._without: dict[frozenset[int], Plan] = {}
+
+    @cached_property
+    def is_base(self) -> bool:
+        return self.columns is None and not self.own
+
+    def begin(self) -> None:
+        """Before the model's forward."""
+        for handle, own in self.own.items():
+            own.adapter.begin(len(own.rows), self.step.tasks_of(handle))
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        if self.columns is not None and name in self.pool.sites:
+            self.columns.add(self.pool.sites[name], x, y)
+        for adapter, rows in self.own.values():
+            if name in adapter.layers:
+                y[rows] = adapter.add(name, x[rows], y[rows])
+        return y
+
+    def block(self, name: str, base: Block, x: Tensor, current: Current) -> Tensor:
+        """A feed-forward block, x (T, D): the tokens of adapters that have experts in it through theirs, the others
+        through the base's."""
+        own = {handle: owner for handle, owner in self.own.items() if name in owner.adapter.blocks}
+        if not own:
+            return base(x[None])[0]
+        parts = [(rows, adapter.blocks[name](x[rows][None])[0]) for adapter, rows in own.values()]
+        others = self.without(frozenset(own))
+        rest = self.step.rows_without(frozenset(own))
+        if len(rest):
+            with current.replaced(None if others.is_base else others):
+                parts.append((rest, base(x[rest][None])[0]))
+        y = parts[0][1].new_empty(len(x), parts[0][1].shape[1])
+        return y.index_copy_(0, torch.cat([rows for rows, _ in parts]), torch.cat([part for _, part in parts]))
+
+    def without(self, handles: frozenset[int]) -> "Plan":
+        """The plan of the other tokens alone."""
+        if handles not in self._without:
+            self._without[handles] = Plan(self.step.without(handles), self.pool, self.routed)
+        return self._without[handles]

@@ -1,0 +1,111 @@
+"""ServedModel: a base model to which adapters are attached and detached while it runs.
+
+Linears that no adapter changes stay untouched; the first adapter that changes one puts a `ServedLinear` in its place.
+A step in which all tokens are the base's is computed by the base's own modules, bit for bit.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from molex.errors import StateError
+from molex_serve.adapters.base import HostAdapter, LowRank, Routed
+from molex_serve.adapters.loading import read
+from molex_serve.errors import BadAdapter, LoadBusy
+from molex_serve.model.columns import ColumnPool
+from molex_serve.model.linear import Current, ServedBlock, ServedLinear
+from molex_serve.model.plan import Plan
+from molex_serve.model.routed import Attribution, RoutedAdapter
+from molex_serve.model.step import BASE, Step
+from molex_serve.model.twin import twin_of
+from molex_serve.settings import AdapterLimits
+
+
+class ServedModel:
+    """`read` may run on any thread; `attach`, `detach` and `begin_step` between the model's forwards."""
+
+    def __init__(self, model: PreTrainedModel, limits: AdapterLimits | None = None):
+        if getattr(model, "molex_mixture", None) is not None:
+            raise StateError("this model is a mixture: serve its base, and the saved mixture as an adapter of it")
+        self.model, self.limits = model.eval(), limits or AdapterLimits()
+        self.pristine = twin_of(model)
+        self.current, self.pool = Current(), ColumnPool(self.limits.columns)
+        self.routed: dict[int, RoutedAdapter] = {}
+        self._linears: dict[str, nn.Module] = {}  # the base's own, where one stands in their place
+        self._blocks: dict[str, nn.Module] = {}
+
+    def read(self, path: str) -> HostAdapter:
+        """An adapter from disk, checked against the base. Raises BadAdapter."""
+        adapter = read(path, self.pristine)
+        if isinstance(adapter, LowRank) and adapter.rank > self.limits.rank:
+            raise BadAdapter(f"{path} has rank {adapter.rank}, at most {self.limits.rank} are allowed here")
+        return adapter
+
+    @torch.no_grad()
+    def attach(self, adapter: HostAdapter) -> int:
+        """Makes it resident and returns its handle. Raises LoadBusy where there is no place for it."""
+        handle = self._free_handle()
+        if isinstance(adapter, LowRank):
+            self.pool.add(handle, adapter, {name: self.pristine.get_submodule(name) for name in adapter.factors})
+            self._serve(adapter.factors)
+        elif isinstance(adapter, Routed):
+            self.routed[handle] = routed = RoutedAdapter(adapter.mixture)
+            self._serve(routed.layers, routed.blocks)
+        else:
+            raise BadAdapter(f"{adapter.source} is of kind {adapter.kind!r}, which this model cannot serve")
+        return handle
+
+    def detach(self, handle: int) -> None:
+        """Gives its place and its memory back; no request may use it any more."""
+        if handle in self.routed:
+            del self.routed[handle]
+        else:
+            self.pool.remove(handle)
+
+    def check_task(self, handle: int, task: int | None) -> None:
+        """Raises BadRequest where the adapter is routed by tasks and this is none of them."""
+        if handle in self.routed:
+            self.routed[handle].check_task(task)
+
+    def begin_step(self, step: Step | None) -> None:
+        """The next forward has these tokens; None: the step is over."""
+        if step is None or not step.present:
+            self.current.adds = None
+            return
+        plan = Plan(step, self.pool, self.routed)
+        plan.begin()
+        self.current.adds = None if plan.is_base else plan
+
+    def attribution(self, handle: int) -> Attribution | None:
+        """Who served an adapter's tokens in the last step."""
+        return self.routed[handle].attribution() if handle in self.routed else None
+
+    def close(self) -> None:
+        """Gives the model back as it was."""
+        self.current.adds = None
+        for name, linear in self._linears.items():
+            self.model.set_submodule(name, linear)
+        for block in self._blocks.values():
+            del block.forward
+        self._linears.clear()
+        self._blocks.clear()
+        self.routed.clear()
+        self.pool.close()
+
+    def _serve(self, linears: Iterable[str], blocks: Iterable[str] = ()) -> None:
+        """Has these linears and feed-forward blocks look at what a step adds."""
+        for name in set(linears) - self._linears.keys():
+            self._linears[name] = self.model.get_submodule(name)
+            self.model.set_submodule(name, ServedLinear(name, self._linears[name], self.current))
+        for name in set(blocks) - self._blocks.keys():
+            self._blocks[name] = module = self.model.get_submodule(name)
+            module.forward = ServedBlock(name, module, self.current)  # type: ignore[assignment]
+
+    def _free_handle(self) -> int:
+        taken = {*self.routed, *self.pool.handles()}
+        free = next((h for h in range(BASE + 1, self.limits.resident + 1) if h not in taken), None)
+        if free is None:
+            raise LoadBusy(f"{len(taken)} adapters are resident, as many as are allowed here")
+        return free
