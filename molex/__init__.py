@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from molex.errors import MolexError
 
 if TYPE_CHECKING:
+    from molex import esft
     from molex.allocation import allocate, usage_budget
     from molex.composing import from_peft
     from molex.config import MixtureConfig
@@ -55,6 +56,7 @@ __all__ = [
     "Routing",
     "allocate",
     "convert",
+    "esft",
     "from_moe_peft",
     "from_peft",
     "from_peft_xlora",
@@ -68,6 +70,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "esft":  # a part with names of its own: molex.esft.select(...)
+        return import_module("molex.esft")
     if name not in _HOMES:
         raise AttributeError(f"module 'molex' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

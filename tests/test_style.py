@@ -47,7 +47,7 @@ FLOORS = (
     ("ffn", "gated", "library", "presets", "model_scope", "hooks", "targets"),
     ("mixture", "building"),
     ("io",),
-    ("surgery",),
+    ("surgery", "esft"),
     ("composing", "gate_init"),
     ("merging",),
     ("training",),
