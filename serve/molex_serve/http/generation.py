@@ -1,0 +1,217 @@
+"""The requests in the engine behind one HTTP request: begun together, read as they come, ended together.
+
+All of it runs on the event loop; the engine's thread only hands events over. The adapter's lease goes back once
+nothing in the engine needs it: after the last event of the last request, which a client that leaves brings about.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+from molex_serve.engine.base import Event, Request, Sampling, TokenLogprob
+from molex_serve.errors import ServeError, Unavailable
+from molex_serve.http.face import Face
+from molex_serve.http.ports import Lease
+from molex_serve.http.problems import EngineFailed
+from molex_serve.http.prompts import Prompt
+from molex_serve.http.schemas import SEEDS
+from molex_serve.http.text import ChoiceText, Piece, echo
+from molex_serve.http.timing import Timing
+
+R = TypeVar("R")
+WATCH_SECONDS = 5.0  # how long to wait for an event before asking whether the engine is alive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is asked of the engine. sampling: None = nothing is generated, the prompts are only echoed. n: choices of
+    each prompt. alias: None = the base. scored: how many alternatives of the prompts' own tokens, None = no scores."""
+
+    id: str
+    prompts: Sequence[Prompt]
+    sampling: Sampling | None
+    n: int = 1
+    stops: tuple[str, ...] = ()
+    alias: str | None = None
+    task: int | None = None
+    echo: bool = False
+    scored: int | None = None
+
+
+class Generation:
+    """`start`, then read `pieces`, then `close`, whatever happened. generation: the adapter's, once started."""
+
+    def __init__(self, face: Face, job: Job):
+        self.face, self.job = face, job
+        self.generation: str | None = None
+        self.new_tokens = 0
+        self.timing = Timing(face.metrics, job.alias or face.settings.model_name)
+        self._lease: Lease | None = None
+        self._scores: list[list[TokenLogprob]] = []
+        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._pending: set[str] = set()  # what in threads and in the engine still needs the lease
+        self._stopped: set[int] = set()  # choices that ended at a stop string, before their request did
+        self._submitted = False
+        self._closed = False
+
+    async def start(self) -> None:
+        """Gets the adapter, scores the prompts, hands all requests to the engine. Raises what these raise."""
+        job, engine = self.job, self.face.engine
+        if job.alias is not None:
+            await self._thread("lease", partial(self.face.adapters.resolve, job.alias), self._got_lease)
+        self.timing.ready()
+        handle = 0 if self._lease is None else self._lease.handle
+        for place, prompt in enumerate(job.prompts if job.scored is not None else ()):
+            score = partial(engine.score, prompt.ids, handle, job.task, job.scored or 0)
+            await self._thread(f"score-{place}", score, self._scores.append)
+        self.timing.submitted(sum(len(prompt.ids) for prompt in job.prompts))
+        await self._submit([self._request(index, handle) for index in range(self._num_choices)])
+        self._submitted = True
+        self._release_if_over()
+
+    @property
+    def _num_choices(self) -> int:
+        return len(self.job.prompts) * self.job.n if self.job.sampling is not None else 0
+
+    async def _thread(self, key: str, function: Callable[[], R], then: Callable[[R], object]) -> R:
+        """Runs something that needs the lease. A client that leaves stops the waiting, not the thread: what came of it
+        is still taken note of."""
+
+        def done(future: "asyncio.Future[R]") -> None:
+            if not future.cancelled() and future.exception() is None:
+                then(future.result())
+            self._over(key)
+
+        self._pending.add(key)
+        future = self.face.waiting(function)
+        future.add_done_callback(done)
+        return await asyncio.shield(future)
+
+    def _got_lease(self, lease: Lease) -> None:
+        self._lease, self.generation = lease, lease.generation
+
+    def _request(self, index: int, handle: int) -> Request:
+        """Choice j of each prompt draws with seed + j, so that the choices differ and are the same each time."""
+        job, sampling = self.job, self.job.sampling
+        assert sampling is not None
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=(sampling.seed + index % job.n) % SEEDS)
+        return Request(
+            id=self._request_id(index),
+            prompt_ids=job.prompts[index // job.n].ids,
+            sampling=sampling,
+            handle=handle,
+            generation=self.generation or "",
+            task=job.task,
+        )
+
+    async def _submit(self, requests: list[Request]) -> None:
+        """On a thread, since a grammar may have to be compiled. One that is refused ends those before it."""
+        loop, engine = asyncio.get_running_loop(), self.face.engine
+        self._pending.update(request.id for request in requests)
+
+        def submit() -> ServeError | None:
+            for index, request in enumerate(requests):
+                try:
+                    engine.submit(request, partial(self._deliver, loop, index))
+                except ServeError as error:
+                    loop.call_soon_threadsafe(self._never_ran, requests[index:])
+                    return error
+            return None
+
+        refused = await self._thread("submit", submit, lambda _: self._cancel() if self._closed else None)
+        if refused is not None:
+            raise refused
+
+    def _never_ran(self, requests: list[Request]) -> None:
+        for request in requests:
+            self._over(request.id)
+
+    def _request_id(self, index: int) -> str:
+        return f"{self.job.id}-{index}"
+
+    def _deliver(self, loop: asyncio.AbstractEventLoop, index: int, event: Event) -> None:
+        """On the engine's thread, which must not stumble over a loop that was closed meanwhile."""
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._arrived, index, event)
+
+    def _arrived(self, index: int, event: Event) -> None:
+        self.timing.arrived(index, event)
+        self._events.put_nowait((index, event))
+        if event.finish_reason is not None:
+            self._over(self._request_id(index))
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """Each choice's pieces in order, the choices as they come; the last of each has a finish_reason. Raises
+        EngineFailed, and Unavailable where the server stops."""
+        if self.job.echo:
+            for index in range(len(self.job.prompts) * self.job.n):
+                yield index, self._echo(index // self.job.n)
+        choices = {index: self._choice(index) for index in range(self._num_choices)}
+        while choices:
+            index, event = await self._next_event()
+            if index not in choices:  # it ended at a stop string; the engine did not know yet
+                continue
+            _check(event)
+            piece = choices[index].take(event)
+            self.new_tokens += len(piece.tokens)
+            if piece.finish_reason is not None:
+                del choices[index]
+            if piece.finish_reason is not None and event.finish_reason is None:
+                self._stopped.add(index)
+                self.face.engine.cancel(self._request_id(index))
+            if piece.tokens or piece.finish_reason:
+                yield index, piece
+
+    def _echo(self, place: int) -> Piece:
+        prompt = self.job.prompts[place]
+        piece = echo(self.face.vocabulary, prompt.ids, prompt.text, self._scores[place] if self._scores else [])
+        return piece if self.job.sampling is not None else replace(piece, finish_reason="length")
+
+    def _choice(self, index: int) -> ChoiceText:
+        sampling = self.job.sampling
+        assert sampling is not None
+        offset = len(self.job.prompts[index // self.job.n].text) if self.job.echo else 0
+        return ChoiceText(self.face.vocabulary, self.job.stops, frozenset(sampling.stop_token_ids), offset)
+
+    async def _next_event(self) -> tuple[int, Event]:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_SECONDS):
+                    return await self._events.get()
+            if not self.face.engine.alive():
+                raise EngineFailed("the engine has stopped; nothing more will come")
+
+    def close(self) -> None:
+        """Cancels what still runs. May be called at any time and more than once."""
+        if not self._closed:
+            self._closed = True
+            self.timing.closed(self.new_tokens, cancelled=self._cancel())
+        self._release_if_over()
+
+    def _cancel(self) -> bool:
+        """Whether anything was running still, other than what ended at a stop string."""
+        choices = set(range(self._num_choices)) - self._stopped
+        running = [self._request_id(index) for index in choices if self._request_id(index) in self._pending]
+        for request_id in running:
+            self.face.engine.cancel(request_id)
+        return bool(running)
+
+    def _over(self, key: str) -> None:
+        self._pending.discard(key)
+        self._release_if_over()
+
+    def _release_if_over(self) -> None:
+        if self._lease is not None and not self._pending and (self._submitted or self._closed):
+            lease, self._lease = self._lease, None
+            self.face.release(lease)
+
+
+def _check(event: Event) -> None:
+    if event.finish_reason == "error":
+        raise EngineFailed(event.error or "the engine failed at this request")
+    if event.finish_reason == "cancelled":
+        raise Unavailable("the server is stopping; the answer is not complete")
