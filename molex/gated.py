@@ -25,9 +25,14 @@ class GatedForward:
     """Stands in the module's `forward`. An object, so that a deep copy of the model calls the copy's layers."""
 
     def __init__(
-        self, module: nn.Module, layers: tuple[WidenLinear, WidenLinear, NarrowLinear], act: nn.Module, activation: str
+        self,
+        module: nn.Module,
+        names: tuple[str, str, str, str],
+        layers: tuple[WidenLinear, WidenLinear, NarrowLinear],
+        act: nn.Module,
+        activation: str,
     ):
-        self.module, self.layers, self.act, self.activation = module, layers, act, activation
+        self.module, self.names, self.layers, self.act, self.activation = module, names, layers, act, activation
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._watched(x):
@@ -52,7 +57,7 @@ class GatedForward:
         )
 
     def _watched(self, x: Tensor) -> bool:
-        """Whether someone must see the layers run one by one, or changes what they do."""
+        """Whether someone must see the layers run one by one, changes what they do, or has put others there."""
         if (
             not self.layers[0].state.enabled
             or torch.compiler.is_compiling()
@@ -60,7 +65,8 @@ class GatedForward:
         ):
             return True
         inside = (*self.layers, *(layer.experts for layer in self.layers), self.act)
-        return any(hooked(module) for module in inside)
+        there = (self.module.get_submodule(name) for name in self.names)
+        return any(map(hooked, inside)) or any(map(operator.is_not, there, (*self.layers, self.act)))
 
     def remove(self) -> None:
         """Gives the module its own forward back."""
@@ -113,7 +119,7 @@ def join(module: nn.Module, widen: list[WidenLinear], narrow: NarrowLinear) -> G
         return None
     if any(type(bank) is not LoRABank for bank in banks) or len({bank.ranks for bank in banks}) > 1:
         return None
-    module.forward = GatedForward(module, (gate, up, down), act, activation)  # type: ignore[arg-type]
+    module.forward = GatedForward(module, names, (gate, up, down), act, activation)  # type: ignore[arg-type]
     return module.forward
 
 
@@ -152,7 +158,8 @@ def _name_of(act: nn.Module) -> str | None:
     """Which of ACTIVATIONS a module computes, by trying."""
     if next(act.parameters(), None) is not None:
         return None
-    x = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")  # whatever device a model is built on
+    near, far = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu"), (-100.0, -11.0, 11.0, 100.0)
+    x = torch.cat([near, near.new_tensor(far)])  # far too: some are another one, cut off. On the CPU, as all in here
     with torch.no_grad():
         y = act(x)
     return next((name for name, known in ACTIVATIONS.items() if torch.allclose(known.forward(x), y, atol=1e-7)), None)

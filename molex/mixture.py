@@ -278,6 +278,7 @@ class Mixture:
         self._check_alive()
         for name, layer in self.layers.items():
             self.model.set_submodule(name, layer.base)
+            self.state.planner.give_back(layer.base)
         for hook in self.hooks:
             hook.remove()
         for attribute in ("molex", "molex_mixture", "save_pretrained"):

@@ -94,6 +94,15 @@ class SoftmaxTopK(NamedTuple):
     top_k: int
     renormalise: bool
 
+    def decide(self, x: Tensor, hidden: Tensor) -> Routing:
+        """For x (T, D), in plain torch: what a kernel must do."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits_TE = x.to(wide) @ self.weight.to(wide).T
+        weights_TK, ids_TK = logits_TE.softmax(-1).topk(self.top_k, dim=-1)
+        if self.renormalise:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return Routing(ids_TK, weights_TK, logits_TE, len(self.weight), self.renormalise)
+
 
 class SelfTopK(NamedTuple):
     """Of rank-1 experts: the k largest of A x + bias, or of its magnitude, at weight 1."""
@@ -101,6 +110,13 @@ class SelfTopK(NamedTuple):
     bias: Tensor  # (E,) float32
     top_k: int
     signed: bool
+
+    def decide(self, x: Tensor, hidden: Tensor) -> Routing:
+        """For hidden (T, E), A x: what a kernel must do."""
+        scores_TE = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) + self.bias
+        scores_TE = scores_TE if self.signed else scores_TE.abs()
+        ids_TK = scores_TE.topk(self.top_k, dim=-1).indices
+        return Routing(ids_TK, torch.ones_like(ids_TK, dtype=scores_TE.dtype), scores_TE, len(self.bias))
 
 
 Rule = SoftmaxTopK | SelfTopK  # how a kernel can route in evaluation

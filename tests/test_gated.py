@@ -214,3 +214,33 @@ def test_checkpointed_recomputation_gives_the_same_gradients() -> None:
     assert len(calls) == 4
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("activation", ["relu6", "gelu_10"])
+def test_an_activation_that_is_cut_off_far_away_is_another_one(activation: str) -> None:
+    model = tiny("llama", hidden_act=activation)
+    with torch.no_grad():
+        for layer in model.model.layers:  # type: ignore[union-attr]
+            layer.mlp.gate_proj.weight.mul_(300)  # type: ignore[union-attr, operator]
+    expected = model(IDS).logits
+    molex.convert(model, molex.preset("mixlora", num_experts=4, rank=4))
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_layer_that_someone_put_there_later_is_called() -> None:
+    model, _ = mixture_of("llama")
+    mlp, seen = model.model.layers[0].mlp, []
+
+    class Watching(nn.Module):
+        def __init__(self, inner: nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.shape)
+            return self.inner(x)
+
+    expected = model(IDS).logits
+    mlp.down_proj = Watching(mlp.down_proj)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert seen

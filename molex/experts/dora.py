@@ -67,7 +67,7 @@ class DoRABank(LoRABank):
         columns = columns.to(x.dtype)
         dropped = self.dropout(x)
         routing = route(None)
-        backend = planner.pick(x, columns, routing, base)
+        backend = planner.pick(x, columns, routing, base, form)
         y = base(x)
         bias = getattr(base, "bias", None)
         plain = y if bias is None else y - bias.to(y.dtype)

@@ -89,7 +89,7 @@ class LoRABank(ExpertBank):
             weighted = routing.scaled(self.scale)
             backend = planner.pick(x, columns, weighted, base)
             return backend.linear(x, base, columns, weighted, dropped=dropped, hidden=hidden_TC)
-        backend = planner.pick(x, columns, routing, base)
+        backend = planner.pick(x, columns, routing, base, form)
         if form == "widen":
             return backend.widen(x, base, columns, everyone(routing).scaled(self.scale), dropped=dropped)
         return backend.narrow(x, base, columns, routing.scaled(self.scale), routing.weights, dropped=dropped)

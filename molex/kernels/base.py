@@ -48,6 +48,9 @@ class Backend(ABC):
         """What `linear` multiplies and moves, forward and, where asked, backward. None: `auto` never picks this one."""
         return None
 
+    def give_back(self, base: nn.Module) -> None:  # noqa: B027 (most have nothing to undo)
+        """A base leaves its mixture: undo what this plan has done to it."""
+
     @abstractmethod
     def pairs(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, columns: Columns) -> Tensor:
         """Each row through one expert: weights[n] · B_e A_e rows[n], e = expert_ids[n], zero where e = -1.

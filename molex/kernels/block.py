@@ -80,6 +80,10 @@ class Grads(NamedTuple):
     up_B: Tensor
     down_A: Tensor
 
+    def of_normalised(self) -> "Grads":
+        """One shift of all is nothing to weights that sum to 1: equal streams then say exactly nothing."""
+        return self._replace(weights=self.weights - self.weights[:, :1])
+
 
 class Core(NamedTuple):
     """forward     inputs, mix -> mixed (T, I), hidden (T, C) = A2_e a_k in the columns of a token's experts

@@ -4,8 +4,8 @@ Masters are float32 over a 16-bit base too. A cast at every token would read 4 a
 numbers, to multiply by it once. What is kept is used only where it cannot be stale:
 
 - the same parameters lie in the same memory, and autograd has counted no write to them since;
-- the call continues the KV cache of the last one, without gradients. This ends it for writes that autograd does not
-  count (`p.data`, numpy, fused optimizers): a KV cache is stale after them too;
+- the call continues the KV cache of the last one by one token, without gradients. This ends it for writes that
+  autograd does not count (`p.data`, numpy, fused optimizers): after them a KV cache is stale too, or filled anew;
 - no tracing, and no recording of a CUDA graph, whose replays would never cast again;
 - no sharding and no offloading, which fill and empty a parameter's memory as they like.
 """
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from molex.kernels.columns import Columns
 
 KV_CACHES = ("past_key_values", "cache_params", "cache")  # as transformers' models, Mambas and batching server call it
+
+TOKENS = ("input_ids", "inputs_embeds")
 
 Stamp = tuple[object, ...]
 
@@ -40,7 +42,8 @@ class Casts:
         if torch.compiler.is_compiling():
             return
         kv_cache = next((found for name in KV_CACHES if (found := arguments.get(name)) is not None), None)
-        if kv_cache is None or torch.is_grad_enabled() or self._kv_cache is None or self._kv_cache() is not kv_cache:
+        goes_on = self._kv_cache is not None and self._kv_cache() is kv_cache and _is_one_token(arguments)
+        if kv_cache is None or torch.is_grad_enabled() or not goes_on:
             self._kept = {}  # another dict: a thread that is still in the last call writes to the old one
             self._kv_cache = ref(kv_cache) if type(kv_cache).__weakrefoffset__ else None  # not of a tuple
 
@@ -58,6 +61,11 @@ class Casts:
         columns = make().to(dtype)
         kept[id(masters[0])] = (masters, stamp, columns)
         return columns
+
+
+def _is_one_token(arguments: Mapping[str, Any]) -> bool:
+    tokens = next((found for name in TOKENS if (found := arguments.get(name)) is not None), None)
+    return tokens is None or tokens.shape[1] == 1
 
 
 def _is(one: object, other: object) -> bool:

@@ -57,6 +57,11 @@ class Extend(Preload):
         memory, bias = self.memory(base, columns.B), weight_of(base)[1]
         return _Extended.apply(x, memory, bias, columns.A, columns.B, routing.gates(), columns, self)
 
+    def give_back(self, base: nn.Module) -> None:
+        if self._memories.pop(base, None) is not None:
+            W = weight_of(base)[0]
+            W.data = W.data.contiguous()
+
     @torch.no_grad()
     def memory(self, base: nn.Module, B: Tensor) -> Tensor:
         """[W | · | 0] of a base, its weight a view of it. Laid once, and again when the weight went elsewhere."""

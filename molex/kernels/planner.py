@@ -7,7 +7,7 @@ Dense-masked is nearly always the plan to beat: the sorted forms read x and touc
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ class Planner:
             backends[self.choice]
         self._instances: dict[str, Backend] = {}
         self._picked: dict[tuple[object, ...], Backend] = {}
+        self._proved: dict[tuple[object, ...], bool] = {}
 
     def pick(self, x: Tensor, columns: Columns, routing: Routing, base: nn.Module, form: Form = "linear") -> Backend:
         """For one linear. Raises BackendError when a backend chosen by name cannot run these shapes."""
@@ -47,9 +48,10 @@ class Planner:
             return self._explicit((one, x))
         if torch.compiler.is_compiling():
             return self._get(self._predict(x, one, COMPILED_TOKENS)[0])
-        key = (form, *_shape(x, one), columns.ranks, x.device, torch.is_grad_enabled(), why_not_plain(base, x) is None)
+        plain = why_not_plain(base, x) is None
+        key = (form, *_shape(x, one), columns.ranks, x.device, torch.is_grad_enabled(), plain)
         if key not in self._picked:
-            races = form == "linear" and may_race(x)
+            races = form == "linear" and plain and may_race(x)  # calling another base may do more than compute
             self._keep(key, x, one, self._race(x, one) if races else self._predict(x, one, rounded_tokens(x)))
         return self._picked[key]
 
@@ -62,11 +64,27 @@ class Planner:
         if not may_race(x):
             return self._get("dense")  # without zeros on a processor, as streams side by side in a compiled graph
         plain = all(why_not_plain(one.base, read) is None for one, read in reads)
-        key = ("ffn", *_shape(x, block.gate), block.gate.columns.ranks, x.device, torch.is_grad_enabled(), plain)
+        kind = (block.activation, block.keep is None, block.routing.normalised)
+        key = ("ffn", *kind, *_shape(x, block.gate), block.gate.columns.ranks, x.device, torch.is_grad_enabled(), plain)
         if key not in self._picked:
             able = [name for name in backends if backends[name].has_blocks and self._why_not(name, *reads) is None]
             self._keep(key, x, block.gate, self._fastest(like_block(x, block), able))
         return self._picked[key]
+
+    def trusts(self, x: Tensor, key: tuple[object, ...], proof: Callable[[], bool]) -> bool:
+        """Whether a plan that computes more than `pick` has compared is right here: named, or proved once on x's
+        device."""
+        if self.choice != "auto":
+            return True
+        key = (x.device, x.dtype, rounded_tokens(x), *key)
+        if key not in self._proved and may_race(x):
+            self._proved[key] = proof()
+        return self._proved.get(key, False)
+
+    def give_back(self, base: nn.Module) -> None:
+        """A base as it was before any plan: some lay its weight elsewhere."""
+        for backend in self._instances.values():
+            backend.give_back(base)
 
     def _explicit(self, *reads: tuple[Projection, Tensor]) -> Backend:
         reason = self._why_not(self.choice, *reads)
@@ -105,6 +123,8 @@ class Planner:
             return "dense", "nothing else can run it"
         contestants: Mapping[str, Backend] = {name: self._get(name) for name in names}
         times = race(through, contestants, self._get("dense"))
+        if not times:
+            return "dense", "there is no memory to compare the others with it"
         ranked = sorted(times, key=times.__getitem__)
         return ranked[0], "microseconds here: " + ", ".join(f"{name} {1e6 * times[name]:.0f}" for name in ranked)
 

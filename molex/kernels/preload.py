@@ -126,7 +126,7 @@ def why_not_plain(base: nn.Module, x: Tensor) -> str | None:
         return "the base's weight is sharded or quantised"
     if weight.dtype != x.dtype or weight.device != x.device:
         return f"the base is {weight.dtype} on {weight.device}, its input {x.dtype} on {x.device}"
-    if weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+    if any(p.requires_grad for p in base.parameters()) or torch.is_autocast_enabled(x.device.type):
         return "the base trains, or autocast chooses its dtype"
     return None
 

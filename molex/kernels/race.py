@@ -88,7 +88,8 @@ class Made:
 
 
 def race(through: Through, contestants: Mapping[str, Backend], yardstick: Backend) -> dict[str, float]:
-    """Seconds of each that is right here, by name; the others are reported and left out."""
+    """Seconds of each that is right here, by name; the others are reported and left out. Of nobody where there is no
+    memory for it."""
     # a checkpoint around the layer must not take what is saved here for its own
     with saved_tensors_hooks(_as_it_is, _as_it_is):
         return _race(through, contestants, yardstick)
@@ -99,7 +100,10 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _race(through: Through, contestants: Mapping[str, Backend], yardstick: Backend) -> dict[str, float]:
-    truth = through(yardstick)
+    try:
+        truth = through(yardstick)
+    except torch.OutOfMemoryError:
+        return {}
     right = {name: backend for name, backend in contestants.items() if _agrees(name, backend, through, truth)}
     times: dict[str, list[float]] = {name: [] for name in right}
     for round_number in range(-WARMUP, ROUNDS):
@@ -116,15 +120,15 @@ def _agrees(name: str, backend: Backend, through: Through, truth: tuple[Tensor, 
     except Exception as error:  # noqa: BLE001 (compilers and drivers have errors of their own; it does not run here)
         logger.warning("backend %s does not run here and is not used: %s", name, str(error).partition("\n")[0])
         return False
-    errors = [_distance(got, right) for got, right in zip(results, truth, strict=True)]
+    errors = [distance(got, right) for got, right in zip(results, truth, strict=True)]
     wrong = [error for error in errors if not error <= TOLERANCE[truth[0].dtype]]
     if wrong:
         logger.warning("backend %s computes something else here (off by %.2g) and is not used", name, max(wrong))
     return not wrong
 
 
-def _distance(got: Tensor, right: Tensor) -> float:
-    """Relative, root mean square."""
+def distance(got: Tensor, right: Tensor) -> float:
+    """How far off, relative, root mean square."""
     wide = right.float()
     return float((got.float() - wide).norm() / wide.norm().clamp(min=torch.finfo(torch.float32).tiny))
 

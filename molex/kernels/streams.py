@@ -94,9 +94,7 @@ def backward(d_mixed: Tensor, d_hidden: Tensor, inputs: Inputs, mix: Mix) -> Gra
     base_TI = None if mix.normalised else _backward_of_base(d_mixed, inputs, act, grads)
     for rows in by_expert(inputs.expert_ids, inputs.expert_of_column, d_mixed.shape[1]):
         _backward_of_expert(d_mixed, d_hidden, inputs, act, rows, base_TI, grads)
-    if mix.normalised:  # one shift of all is nothing to weights that sum to 1: equal streams then say exactly nothing
-        grads.weights.sub_(grads.weights[:, :1].clone())
-    return grads
+    return grads.of_normalised() if mix.normalised else grads
 
 
 def _backward_of_base(d_mixed: Tensor, inputs: Inputs, act: Activation, grads: Grads) -> Tensor:

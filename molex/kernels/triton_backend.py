@@ -39,7 +39,8 @@ class Triton(Preload, RoutesItself):
             return ffn_mix(*inputs, mix.activation)
 
         def backward(d_mixed: Tensor, d_hidden: Tensor, inputs: Inputs, mix: Mix) -> Grads:
-            return Grads(*ffn_mix_backward(d_mixed, d_hidden, *inputs, mix.activation))
+            grads = Grads(*ffn_mix_backward(d_mixed, d_hidden, *inputs, mix.activation))
+            return grads.of_normalised() if mix.normalised else grads
 
         return Core(forward, backward)
 

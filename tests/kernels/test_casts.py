@@ -172,6 +172,11 @@ def with_another_cache(casts: Casts, arguments: dict[str, Cache]) -> None:
     casts.begin({name: Cache() for name in arguments})
 
 
+def with_a_prompt(casts: Casts, arguments: dict[str, Cache]) -> None:
+    """A cache that was emptied, and is filled anew."""
+    casts.begin({**arguments, "input_ids": torch.zeros(1, 3, dtype=torch.int64)})
+
+
 def with_no_cache(casts: Casts, arguments: dict[str, Cache]) -> None:
     casts.begin({})
 
@@ -182,7 +187,7 @@ def with_gradients(casts: Casts, arguments: dict[str, Cache]) -> None:
 
 
 @pytest.mark.parametrize("name", KV_CACHES)
-@pytest.mark.parametrize("begin", [with_another_cache, with_no_cache, with_gradients])
+@pytest.mark.parametrize("begin", [with_another_cache, with_a_prompt, with_no_cache, with_gradients])
 @torch.no_grad()
 def test_writes_that_autograd_does_not_count_are_seen_by_the_next_text(
     begin: Callable[[Casts, dict[str, Cache]], None], name: str

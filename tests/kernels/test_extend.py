@@ -30,6 +30,8 @@ def test_the_weight_is_the_same_parameter_with_the_same_values() -> None:
     reverted = mixture.revert().state_dict()
     assert reverted.keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in reverted.items())
+    assert all(tensor.is_contiguous() for tensor in reverted.values())
+    assert weight.untyped_storage().nbytes() == weight.nbytes
 
 
 def test_folders_hold_the_base_and_the_mixture(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from molex.kernels.dense import Dense
 from molex.kernels.race import Through, like_layer, race
 from molex.routing import Routing
 from tests.kernels.cases import DEVICE, HERE
+from tests.kernels.test_ffn import Case, block_of
+from tests.kernels.test_ffn import make as block_problem
 from tests.models import tiny
 
 
@@ -196,3 +198,61 @@ def test_a_race_inside_a_checkpoint_leaves_its_gradients_alone(method: str, monk
     assert got.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("experts", ["lora", "dora"])
+def test_layers_of_streams_do_not_race(architecture: str, experts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What narrows a block is given several streams of each token: it is no single linear."""
+    forms: list[int] = []
+
+    def pretend(through: Through, contestants: dict[str, Backend], yardstick: Backend) -> dict[str, float]:
+        forms.append(through(yardstick)[0].dim())
+        return {"dense": 1e-6}
+
+    monkeypatch.setattr("molex.kernels.planner.may_race", lambda x: True)
+    monkeypatch.setattr("molex.kernels.planner.race", pretend)
+    model = tiny(architecture).train()
+    molex.convert(model, molex.preset("mixlora", num_experts=4, rank=4, dropout=0.0, experts=experts))
+    model(torch.arange(12).view(2, 6), labels=torch.arange(12).view(2, 6)).loss.backward()
+    assert set(forms) == {3}, "the plain LoRAs of attention alone"
+
+
+def test_a_base_that_does_more_than_compute_is_not_raced(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    monkeypatch.setattr("molex.kernels.planner.may_race", lambda x: True)
+    *others, base = shapes((1,) * 1024, 1, num_tokens=300)
+    base.register_forward_hook(lambda *call: called.append(1))
+    Planner().pick(*others, base)  # type: ignore[arg-type]
+    assert not called
+
+
+def test_without_memory_for_a_race_it_is_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Dense, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr("molex.kernels.planner.may_race", lambda x: True)
+    monkeypatch.setattr(Dense, "linear", full)
+    assert picked(Planner(), shapes((16,) * 8, 2, num_tokens=300)) == "dense"
+
+
+def test_blocks_that_differ_in_kind_race_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    raced: list[set[str]] = []
+
+    def pretend(through: Through, contestants: dict[str, Backend], yardstick: Backend) -> dict[str, float]:
+        raced.append({*contestants})
+        return {"dense": 1e-6}
+
+    monkeypatch.setattr("molex.kernels.planner.may_race", lambda x: True)
+    monkeypatch.setattr("molex.kernels.planner.race", pretend)
+    p = block_problem(Case("kinds", normalised=False), torch.float32)
+    block, planner = block_of(p), Planner()
+    kinds = [
+        block,
+        block._replace(activation="relu"),
+        block._replace(keep=torch.ones(p.x.shape[0], 3, dtype=torch.bool)),
+        block._replace(routing=block.routing._replace(normalised=True)),
+    ]
+    for kind in (*kinds, *kinds):
+        planner.pick_block(p.x, kind)
+    assert len(raced) == len(kinds)

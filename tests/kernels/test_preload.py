@@ -31,6 +31,11 @@ def patched(base: nn.Linear) -> nn.Linear:
     return base
 
 
+def bias_trains(base: nn.Linear) -> nn.Linear:
+    base.bias = nn.Parameter(torch.zeros(base.out_features))
+    return base
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -39,6 +44,7 @@ def patched(base: nn.Linear) -> nn.Linear:
         (lambda base: Scaled(24, 40).requires_grad_(False), "is a Scaled"),
         (lambda base: base.bfloat16(), "bfloat16 on cpu, its input torch.float32"),
         (lambda base: base.requires_grad_(True), "the base trains"),
+        (bias_trains, "the base trains"),
     ],
 )
 def test_other_bases_are_refused(change: Callable[[nn.Linear], nn.Module], reason: str) -> None:

@@ -45,8 +45,9 @@ class Block(NamedTuple):
         return self[:7]
 
     def strides(self) -> "Block":
-        """From row to row of each."""
-        return Block._make(None if tensor is None else tensor.stride(0) for tensor in self)
+        """From row to row of each. One row of weights may have any stride, and theirs is K too."""
+        strides = Block._make(None if tensor is None else tensor.stride(0) for tensor in self)
+        return strides._replace(weights=self.weights.shape[1])
 
 
 class Grads(NamedTuple):

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 import molex
 from molex.kernels import backends
 from molex.kernels.planner import Planner
+from molex.kernels.triton import ops
 from molex.kernels.triton_backend import FEW_TOKENS
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 from molex.routers.topk import TopKRouter
-from molex.routing import Routing
+from molex.routing import RouteContext, Routing
 from tests.close import assert_close
 from tests.kernels.triton.problems import DEVICE
 from tests.models import mixture_of
@@ -253,3 +254,58 @@ def test_backends_that_route_are_named_by_their_class() -> None:
     assert not molex.kernels.routed.may_route(Planner("dense"), torch.device("cpu"))
     assert not molex.kernels.routed.may_route(Planner(), torch.device("cpu"))
     assert molex.kernels.routed.may_route(Planner(), torch.device("cuda"))
+
+
+def decoded(monkeypatch: pytest.MonkeyPatch, **overrides: Any) -> Tensor:
+    """Logits of a mixture on `auto`, on a device where the Triton backend wins every race."""
+    won = {"triton": 0.0, "dense": 1.0}
+    monkeypatch.setattr("molex.kernels.planner.may_race", lambda x: True)
+    monkeypatch.setattr("molex.layer.may_route", lambda planner, device: True)
+    monkeypatch.setattr("molex.kernels.planner.race", lambda through, contestants, yardstick: won)
+    mixture = converted(**overrides)
+    mixture.state.planner = Planner()
+    return mixture.model.eval()(torch.arange(5, device=DEVICE)[None]).logits
+
+
+@pytest.mark.parametrize("name", ["renormalised", "by magnitude"])
+@torch.no_grad()
+def test_auto_routes_in_kernels_that_are_right(name: str, taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = converted(**ROUTED[name]).model.eval()(torch.arange(5, device=DEVICE)[None]).logits
+    taken.clear()
+    torch.testing.assert_close(decoded(monkeypatch, **ROUTED[name]), expected)
+    assert taken
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("renormalised", "launch_route_planes"), ("by magnitude", "launch_self_gate")]
+)
+@torch.no_grad()
+def test_auto_leaves_out_kernels_that_route_wrongly(
+    name: str, part: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = decoded(monkeypatch, **ROUTED[name])
+    right = getattr(ops, part)
+
+    def wrong(*call: Any) -> Any:
+        found = right(*call)
+        return found._replace(gated=1.1 * found.gated) if isinstance(found, tuple) else torch.zeros_like(found)
+
+    monkeypatch.setattr(ops, part, wrong)
+    torch.testing.assert_close(decoded(monkeypatch, **ROUTED[name]), expected)
+    assert "routing in kernels chooses or computes something else" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["renormalised", "raw probabilities", "by magnitude", "signed"])
+@torch.no_grad()
+def test_a_rule_says_what_the_router_does(name: str) -> None:
+    mixture = converted(**ROUTED[name])
+    layer = next(iter(mixture.layers.values()))
+    x = torch.randn(9, layer.in_features, device=DEVICE)
+    hidden = layer.experts.columns().shrink(x)  # type: ignore[union-attr, operator]
+    rule, context = layer.router.rule(), RouteContext((1, 9), activations=hidden)  # type: ignore[union-attr]
+    assert rule is not None
+    said, done = rule.decide(x, hidden), layer.router.eval()(x, context)  # type: ignore[misc]
+    assert torch.equal(said.expert_ids, done.expert_ids)
+    torch.testing.assert_close(said.weights, done.weights)
+    torch.testing.assert_close(said.logits, done.logits)
+    assert said.normalised == done.normalised

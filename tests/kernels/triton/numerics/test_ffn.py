@@ -183,6 +183,19 @@ def test_results_and_gradients(dtype: torch.dtype, case: FFNCase) -> None:
         assert_close(what, got, truth[what], expected[what].to(got.dtype), products=dtype)
 
 
+def test_one_row_of_weights_may_have_any_stride() -> None:
+    p = make(FFNCase("one token", num_tokens=1), torch.float32)
+    expected = ffn_mix_backward(*p.grads, *p.arguments())
+    *factors, weights, ids, owner, keep, activation = p.arguments()
+    turned = weights.flatten().clone()[:, None].T
+    assert turned.is_contiguous()
+    assert turned.stride() == (1, 1)
+    for got, wanted in zip(
+        ffn_mix_backward(*p.grads, *factors, turned, ids, owner, keep, activation), expected, strict=True
+    ):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_part_of_several_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where planes would be large, each sums more than one block of I."""
