@@ -1,5 +1,6 @@
 """Adapters of every kind for one tiny base, on disk as their makers write them, and each served alone by its maker."""
 
+import copy
 from pathlib import Path
 
 import peft
@@ -26,7 +27,7 @@ TASKS = {"poly": 1, "mhr": 1, "mtlora": 1, "lora-mixer": 1}  # of these the rout
 
 def save_lora(name: str, base: PreTrainedModel, folder: Path) -> Path:
     """What PEFT writes."""
-    model = peft.get_peft_model(base, LORAS[name])
+    model = peft.get_peft_model(base, copy.deepcopy(LORAS[name]))  # PEFT writes into it what it found
     fill(model, "lora_B", name)
     model.save_pretrained(str(folder / name))
     return folder / name

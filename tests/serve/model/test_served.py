@@ -1,11 +1,14 @@
 """A batch in which every row belongs to another adapter equals each of them alone, by its own library."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import molex
+from molex_serve.model import columns
 from molex_serve.model.served import ServedModel
 from molex_serve.model.step import BASE, Span, Step
 from tests.models import VOCABULARY, tiny
@@ -44,11 +47,124 @@ def logits(served: ServedModel, handles: dict[str, int], rows: list[str], ids: T
     return found
 
 
-def test_everyone_in_one_batch(folder: Path) -> None:
-    served = ServedModel(tiny("llama"))
-    handles = attach(served, folder, EVERYONE)
-    rows = [*EVERYONE, *reversed(EVERYONE)]
+def check(served: ServedModel, handles: dict[str, int], rows: list[str], folder: Path) -> None:
     ids = texts(len(rows))
     found = logits(served, handles, rows, ids)
     for name, own, ids_S in zip(rows, found, ids, strict=True):
         torch.testing.assert_close(own, alone(name, folder, "llama", ids_S), atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("plan", ["predicted", "segments", "gates"])
+def test_everyone_in_one_batch(folder: Path, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if plan != "predicted":
+        monkeypatch.setattr(columns, "SEGMENT_SECONDS", 0.0 if plan == "segments" else math.inf)
+    served = ServedModel(tiny("llama"))
+    handles = attach(served, folder, EVERYONE)
+    check(served, handles, [*EVERYONE, *reversed(EVERYONE)], folder)
+
+
+def test_a_wrong_handle_shows(folder: Path) -> None:
+    served = ServedModel(tiny("llama"))
+    handles = attach(served, folder, ("base", "law", "code", "mola", "mixlora"))
+    swapped = {**handles, "law": handles["code"], "mola": handles["mixlora"]}
+    for name in ("law", "mola"):
+        with pytest.raises(AssertionError):
+            check(served, swapped, ["base", name], folder)
+
+
+def test_columns_that_lie_apart_are_gathered_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "SEGMENT_SECONDS", math.inf)
+    served = ServedModel(tiny("llama"))
+    first = served.attach(served.read(str(folder / "law")))
+    between = [served.attach(served.read(str(folder / "code"))) for _ in range(6)]
+    handles = {"law": first, "poem": served.attach(served.read(str(folder / "poem"))), "base": BASE}
+    for handle in between:
+        served.detach(handle)
+    rows = ["law", "poem", "base"]
+    check(served, handles, rows, folder)
+    again = served.pool.of(Step.of((Span(handles["poem"], 0, 2), Span(first, 2, 3)), torch.device("cpu")))
+    assert again is not None
+    assert isinstance(again.index, Tensor)
+    assert again._taken, "a later step of the same adapters has the copies of the first"
+
+
+def test_tokens_of_the_base_are_the_bases_bit_for_bit(folder: Path) -> None:
+    served, plain = ServedModel(tiny("llama")), tiny("llama")
+    handles = attach(served, folder, ("base", "law", "mola"))
+    ids = texts(4)
+    with torch.no_grad():
+        wanted = plain(ids).logits
+    mixed = logits(served, handles, ["base", "law", "base", "mola"], ids)
+    assert torch.equal(mixed[[0, 2]], wanted[[0, 2]])
+    assert not torch.equal(mixed[[1, 3]], wanted[[1, 3]])
+    assert torch.equal(logits(served, handles, ["base"] * 4, ids), wanted)
+    with torch.no_grad():
+        assert torch.equal(served.model(ids).logits, wanted), "outside of steps"
+
+
+def test_detaching_gives_back_memory_and_leaves_the_others(folder: Path) -> None:
+    served = ServedModel(tiny("llama"))
+    handles = attach(served, folder, ("base", "law", "code", "mola", "poem"))
+    free, held = served.pool.free.free, served.pool.committed_bytes()
+    ids, rows = texts(2), ["law", "poem"]
+    before = logits(served, handles, rows, ids)
+    served.detach(handles["code"])
+    served.detach(handles["mola"])
+    assert served.pool.free.free > free
+    assert served.pool.committed_bytes() <= held
+    torch.testing.assert_close(logits(served, handles, rows, ids), before)
+    again = served.attach(served.read(str(folder / "code")))
+    check(served, {**handles, "code": again}, ["code", "law", "base", "poem"], folder)
+    for handle in (handles["law"], handles["poem"], again):
+        served.detach(handle)
+    assert served.pool.committed_bytes() == 0
+
+
+def test_closing_gives_the_model_back(folder: Path) -> None:
+    model = tiny("llama")
+    modules, ids = dict(model.named_modules()), texts(1)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    served = ServedModel(model)
+    attach(served, folder, ("law", "mixlora", "mola"))
+    assert dict(model.named_modules()).keys() != modules.keys()
+    served.close()
+    assert dict(model.named_modules()) == modules
+    assert not [name for name, module in modules.items() if "forward" in vars(module)]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, wanted)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "phi3", "qwen2", "gemma3_text"])
+def test_other_architectures(architecture: str, tmp_path: Path) -> None:
+    save_lora("code", tiny(architecture), tmp_path)
+    for method in ("mola", "mixlora"):
+        save_mixture(method, tiny(architecture), tmp_path)
+    served, rows = ServedModel(tiny(architecture)), ["mixlora", "base", "code", "mola", "code"]
+    handles, ids = attach(served, tmp_path, ("base", "code", "mola", "mixlora")), texts(5)
+    for name, own, ids_S in zip(rows, logits(served, handles, rows, ids), ids, strict=True):
+        torch.testing.assert_close(own, alone(name, tmp_path, architecture, ids_S), atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_who_served_a_token(folder: Path) -> None:
+    served, ids = ServedModel(tiny("llama")), texts(1)
+    handles = attach(served, folder, ("base", "mola", "law"))
+    logits(served, handles, ["mola"], ids)
+    found = served.attribution(handles["mola"])
+    assert found is not None
+    mixture = molex.load(tiny("llama"), folder / "mola")
+    with torch.no_grad():
+        mixture.model(ids)
+    most = len(mixture.experts)
+    gates = [d.routing.gates() for d in mixture.state.trace.values() if d.routing.num_experts == most]
+    torch.testing.assert_close(found.shares, torch.stack(gates).mean(0))
+    assert found.names == mixture.experts
+    assert served.attribution(handles["law"]) is None
+
+
+def test_half_precision(folder: Path) -> None:
+    served, ids, rows = ServedModel(tiny("llama").bfloat16()), texts(4), ["code", "mola", "base", "mixlora"]
+    handles = attach(served, folder, ("base", "code", "mola", "mixlora"))
+    for name, own, ids_S in zip(rows, logits(served, handles, rows, ids), ids, strict=True):
+        wanted = alone(name, folder, "llama", ids_S)
+        assert (own.float() - wanted).norm() < 0.03 * wanted.norm(), name
