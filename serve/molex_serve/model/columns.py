@@ -1,13 +1,14 @@
-"""The low-rank adapters that are resident, as columns of one pool: an adapter has the same range of columns everywhere.
+"""The low-rank adapters that are resident: slots of one pool, the same slot at every linear.
 
-    y[t] += B g[t],  g[t] = G[t] * (A x[t])         G[t, c] = 1 where column c is of the token's adapter
+    y[t] += B_s (A_s x[t])          s: the slot of the token's adapter
 
-Each linear that any of them changes has A (Cap, D) and Bᵀ (Cap, O) in memory that is only reserved until a range is
-written: a linear that an adapter leaves alone costs it no byte, and the gates of a step are the same at all linears.
+Adapters of like rank (8, 16, 32, …; zeros fill up) lie side by side as A (slots, R, D) and Bᵀ (slots, R, O), so that
+tokens of neighbouring slots are one batched product, which reads every factor once and multiplies no zeros between
+adapters. Memory is only reserved until a slot is written: a linear that an adapter leaves alone costs it no byte.
 Scales and shares are folded into B.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -17,183 +18,117 @@ from molex.linears import execution_device, features
 from molex_serve.adapters.base import LowRank
 from molex_serve.errors import LoadBusy
 from molex_serve.memory.arena import Arena, arena
-from molex_serve.memory.slots import Range, Ranges
+from molex_serve.memory.slots import Ranges
+from molex_serve.model.batches import Batches, batches_of
 from molex_serve.model.step import Step
 
-ALIGNED = 8  # columns: rows of 16-bit gates begin at multiples of 16 bytes
-# on a processor's cores: one token, one column, one of D + O numbers; and the overhead of a segment
-DENSE_SECONDS = 1.5e-11
-SEGMENT_SECONDS = 1.2e-5
+LEAST_RANK = 8
 
 
-class Site(NamedTuple):
-    """One linear's columns."""
+class Place(NamedTuple):
+    """Where an adapter is."""
 
-    A: Arena  # (Cap, D)
-    B: Arena  # (Cap, O), transposed
-    holders: set[int]  # handles of the adapters that change it
-
-
-class Segment(NamedTuple):
-    """Neighbouring tokens of one adapter, and its columns."""
-
-    tokens: slice
-    columns: slice
-    handle: int
+    rank: int  # of its slot
+    slot: int
 
 
-class Columns:
-    """What a step needs of the pool: either tokens [start, stop) through their own columns, adapter by adapter, or all
-    tokens through all columns in use, gated."""
+class Factors(NamedTuple):
+    """Of one linear and one rank."""
 
-    def __init__(self, segments: tuple[Segment, ...], index: slice | Tensor | None, gates: Tensor | None):
-        self.segments, self.index, self.gates = segments, index, gates
-        self.handles = frozenset(segment.handle for segment in segments)
-        self._taken: dict[int, tuple[Tensor, Tensor]] = {}
+    A: Arena  # (slots, R, D)
+    B: Arena  # (slots, R, O), transposed
 
-    def add(self, site: Site, x: Tensor, y: Tensor) -> None:
+
+class Site:
+    """One linear's factors. holders: handles of the adapters that change it."""
+
+    def __init__(self, linear: nn.Module, num_columns: int):
+        sizes, weight = features(linear), linear.weight
+        assert sizes is not None
+        assert isinstance(weight, Tensor)
+        self.sizes, self.num_columns, self.device = sizes, num_columns, execution_device(linear)
+        self.dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        self.by_rank: dict[int, Factors] = {}
+        self.holders: set[int] = set()
+
+    def factors(self, rank: int) -> Factors:
+        """Reserved when first asked for."""
+        if rank not in self.by_rank:
+            shapes = [(self.num_columns // rank, rank, width) for width in self.sizes]
+            self.by_rank[rank] = Factors(*(arena(shape, self.dtype, self.device) for shape in shapes))
+        return self.by_rank[rank]
+
+    def write(self, place: Place, A: Tensor, B: Tensor) -> None:
+        """A (R, D), B (O, R) of at most the slot's rank."""
+        for memory, rows in zip(self.factors(place.rank), (A, B.T), strict=True):
+            memory.commit(place.slot, place.slot + 1)
+            memory.tensor[place.slot, : len(rows)] = rows.to(memory.tensor)
+
+    def erase(self, place: Place) -> None:
+        for memory in self.factors(place.rank):
+            memory.release(place.slot, place.slot + 1)
+
+    def add(self, batches: Batches, x: Tensor, y: Tensor) -> None:
         """x (T, D), y (T, O), in place."""
-        if self.handles.isdisjoint(site.holders):
+        if self.holders.isdisjoint(batches.handles):
             return
-        if self.gates is None:
-            self._by_segment(site, x, y)
-        else:
-            A_CD, B_CO = self._factors(site)
-            y.addmm_((x @ A_CD.T).mul_(self.gates), B_CO)
+        for batch in batches.all:
+            if batch.rank in self.by_rank and not self.holders.isdisjoint(batch.handles):
+                A, B = self.by_rank[batch.rank]
+                batch.add(A.tensor[batch.slots], B.tensor[batch.slots], x, y)
 
-    def _by_segment(self, site: Site, x: Tensor, y: Tensor) -> None:
-        A, B = site.A.tensor, site.B.tensor
-        for tokens, columns, handle in self.segments:
-            if handle in site.holders:
-                y[tokens].addmm_(x[tokens] @ A[columns].T, B[columns])
-
-    def _factors(self, site: Site) -> tuple[Tensor, Tensor]:
-        """(C, D) and (C, O): a view where the columns are neighbours, else a copy that steps of the same adapters
-        share."""
-        if isinstance(self.index, slice):
-            return site.A.tensor[self.index], site.B.tensor[self.index]
-        known = self._taken.get(id(site.A))
-        if known is None:
-            known = self._taken[id(site.A)] = site.A.tensor[self.index], site.B.tensor[self.index]
-        return known
-
-    def regated(self, segments: tuple[Segment, ...], gates: Tensor) -> "Columns":
-        """For another step of the same adapters."""
-        again = Columns(segments, self.index, gates)
-        again._taken = self._taken
-        return again
+    def arenas(self) -> list[Arena]:
+        return [memory for factors in self.by_rank.values() for memory in factors]
 
 
 class ColumnPool:
-    """Who has which columns. `add` and `remove` are called between steps."""
+    """Who is where. `add` and `remove` are called between steps."""
 
     def __init__(self, num_columns: int):
         self.num_columns = num_columns
-        self.free = Ranges(num_columns, ALIGNED)
         self.sites: dict[str, Site] = {}
-        self._ranges: dict[int, Range] = {}
-        self._last: tuple[tuple[int, ...], Columns] | None = None
+        self.places: dict[int, Place] = {}  # by handle
+        self._free: dict[int, Ranges] = {}  # by rank
 
     @torch.no_grad()
     def add(self, handle: int, adapter: LowRank, linears: Mapping[str, nn.Module]) -> None:
-        """Writes an adapter's columns. Raises LoadBusy where no range is free; then nothing has changed."""
-        taken = self.free.take(adapter.rank)
+        """Writes an adapter into a slot. Raises LoadBusy where none is free; then nothing has changed."""
+        rank = max(LEAST_RANK, 1 << (adapter.rank - 1).bit_length())
+        free = self._free.setdefault(rank, Ranges(self.num_columns // rank))
+        taken = free.take(1) if rank <= self.num_free() else None
         if taken is None:
-            raise LoadBusy(f"no {adapter.rank} columns are free of {self.num_columns}: unload an adapter, or wait")
-        self._ranges[handle], self._last = taken, None
+            raise LoadBusy(f"no {rank} columns are free of {self.num_columns}: unload an adapter, or wait")
+        place = self.places[handle] = Place(rank, taken.start)
         for name, lora in adapter.factors.items():
             if name not in self.sites:
-                self.sites[name] = open_site(linears[name], self.num_columns)
-            site = self.sites[name]
-            start, stop = taken.start, taken.start + len(lora.A)
-            for memory, rows in ((site.A, lora.A), (site.B, (lora.scale * lora.B).T)):
-                memory.commit(taken.start, taken.stop)
-                memory.tensor[start:stop] = rows.to(memory.tensor)
-            site.holders.add(handle)
+                self.sites[name] = Site(linears[name], self.num_columns)
+            self.sites[name].write(place, lora.A, lora.scale * lora.B)
+            self.sites[name].holders.add(handle)
 
     def remove(self, handle: int) -> None:
-        """Gives an adapter's columns and their memory back."""
-        taken = self._ranges.pop(handle)
-        self._last = None
+        """Gives an adapter's slot and its memory back."""
+        place = self.places.pop(handle)
         for site in self.sites.values():
             if handle in site.holders:
                 site.holders.remove(handle)
-                site.A.release(taken.start, taken.stop)
-                site.B.release(taken.start, taken.stop)
-        self.free.give(taken)
+                site.erase(place)
+        self._free[place.rank].give(range(place.slot, place.slot + 1))
 
     def close(self) -> None:
         for site in self.sites.values():
-            site.A.close()
-            site.B.close()
+            for memory in site.arenas():
+                memory.close()
         self.sites.clear()
+        self.places.clear()
+
+    def num_free(self) -> int:
+        """Columns that nobody has."""
+        return self.num_columns - sum(place.rank for place in self.places.values())
 
     def committed_bytes(self) -> int:
-        return sum(site.A.committed_bytes + site.B.committed_bytes for site in self.sites.values())
+        return sum(memory.committed_bytes for site in self.sites.values() for memory in site.arenas())
 
-    def handles(self) -> set[int]:
-        """Of the adapters that have columns."""
-        return {*self._ranges}
-
-    def of(self, step: Step) -> Columns | None:
-        """What a step needs; None where none of its tokens has columns here."""
-        segments = self._segments(step)
-        if not segments:
-            return None
-        handles = tuple(sorted({segment.handle for segment in segments}))
-        if self._by_segment_is_faster(segments, step):
-            return Columns(segments, None, None)
-        if self._last is None or self._last[0] != handles:
-            self._last = handles, Columns(segments, self._index(handles, step.handles.device), None)
-        columns = self._last[1]
-        return columns.regated(segments, self._gates(handles, columns.index, step))
-
-    def _segments(self, step: Step) -> tuple[Segment, ...]:
-        joined: list[Segment] = []
-        for handle, start, stop, _ in step.spans:
-            own = self._ranges.get(handle)
-            if own is None:
-                continue
-            if joined and joined[-1].handle == handle and joined[-1].tokens.stop == start:
-                start = joined.pop().tokens.start
-            joined.append(Segment(slice(start, stop), slice(own.start, own.stop), handle))
-        return tuple(joined)
-
-    def _by_segment_is_faster(self, segments: tuple[Segment, ...], step: Step) -> bool:
-        if step.handles.device.type != "cpu" or not self.sites:
-            return False
-        widths = [memory.tensor.shape[1] for site in self.sites.values() for memory in (site.A, site.B)]
-        each = DENSE_SECONDS * 2 * sum(widths) / len(widths)
-        num_columns = sum(len(self._ranges[handle]) for handle in {segment.handle for segment in segments})
-        own = sum(_length(s.tokens) * _length(s.columns) for s in segments)
-        return SEGMENT_SECONDS * len(segments) + each * own < each * len(step.handles) * num_columns
-
-    def _index(self, handles: Iterable[int], device: torch.device) -> slice | Tensor:
-        """Their columns: a slice where they fill one nearly, else one by one."""
-        ranges = [self._ranges[handle] for handle in handles]
-        first, last = min(own.start for own in ranges), max(own.stop for own in ranges)
-        if last - first <= 2 * sum(map(len, ranges)):
-            return slice(first, last)
-        return torch.cat([torch.arange(own.start, own.stop, device=device) for own in ranges])
-
-    def _gates(self, handles: tuple[int, ...], index: slice | Tensor | None, step: Step) -> Tensor:
-        """(T, C): 1 in the columns of a token's adapter."""
-        device, tables = step.handles.device, next(iter(self.sites.values())).A.tensor
-        owner_C = torch.full((self.num_columns,), -1, device=device)
-        for handle in handles:
-            owner_C[self._ranges[handle].start : self._ranges[handle].stop] = handle
-        return (step.handles[:, None] == owner_C[index]).to(tables.dtype)
-
-
-def open_site(linear: nn.Module, num_columns: int) -> Site:
-    """Memory for the columns of one linear, none of it committed."""
-    sizes, weight = features(linear), linear.weight
-    assert sizes is not None
-    assert isinstance(weight, Tensor)
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    A, B = (arena((num_columns, width), dtype, execution_device(linear)) for width in sizes)
-    return Site(A, B, set())
-
-
-def _length(part: slice) -> int:
-    return part.stop - part.start
+    def batches(self, step: Step) -> Batches | None:
+        """How the step's tokens go through the slots; None where none of them has one."""
+        placed = {handle: self.places[handle] for handle in step.present if handle in self.places}
+        return batches_of(step, placed) if placed else None

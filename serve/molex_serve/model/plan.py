@@ -25,13 +25,13 @@ class Plan(Adds):
 
     def __init__(self, step: Step, pool: ColumnPool, routed: Mapping[int, RoutedAdapter]):
         self.step, self.pool, self.routed = step, pool, routed
-        self.columns = pool.of(step)
+        self.batches = pool.batches(step)
         self.own = {handle: Own(routed[handle], step.rows_of(handle)) for handle in step.present if handle in routed}
         self._without: dict[frozenset[int], Plan] = {}
 
     @cached_property
     def is_base(self) -> bool:
-        return self.columns is None and not self.own
+        return self.batches is None and not self.own
 
     def begin(self) -> None:
         """Before the model's forward."""
@@ -39,8 +39,8 @@ class Plan(Adds):
             own.adapter.begin(len(own.rows), self.step.tasks_of(handle))
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        if self.columns is not None and name in self.pool.sites:
-            self.columns.add(self.pool.sites[name], x, y)
+        if self.batches is not None and name in self.pool.sites:
+            self.pool.sites[name].add(self.batches, x, y)
         for adapter, rows in self.own.values():
             if name in adapter.layers:
                 y[rows] = adapter.add(name, x[rows], y[rows])

@@ -104,7 +104,7 @@ class ServedModel:
             module.forward = ServedBlock(name, module, self.current)  # type: ignore[assignment]
 
     def _free_handle(self) -> int:
-        taken = {*self.routed, *self.pool.handles()}
+        taken = {*self.routed, *self.pool.places}
         free = next((h for h in range(BASE + 1, self.limits.resident + 1) if h not in taken), None)
         if free is None:
             raise LoadBusy(f"{len(taken)} adapters are resident, as many as are allowed here")

@@ -1,6 +1,5 @@
 """A batch in which every row belongs to another adapter equals each of them alone, by its own library."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 import molex
-from molex_serve.model import columns
+from molex_serve.model import batches
 from molex_serve.model.served import ServedModel
 from molex_serve.model.step import BASE, Span, Step
 from tests.models import VOCABULARY, tiny
@@ -54,10 +53,9 @@ def check(served: ServedModel, handles: dict[str, int], rows: list[str], folder:
         torch.testing.assert_close(own, alone(name, folder, "llama", ids_S), atol=2e-5, rtol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("plan", ["predicted", "segments", "gates"])
-def test_everyone_in_one_batch(folder: Path, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if plan != "predicted":
-        monkeypatch.setattr(columns, "SEGMENT_SECONDS", 0.0 if plan == "segments" else math.inf)
+@pytest.mark.parametrize("many", [1, 8, 1000], ids=["one by one", "as it is", "all batched"])
+def test_everyone_in_one_batch(folder: Path, many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MANY", many)
     served = ServedModel(tiny("llama"))
     handles = attach(served, folder, EVERYONE)
     check(served, handles, [*EVERYONE, *reversed(EVERYONE)], folder)
@@ -70,22 +68,6 @@ def test_a_wrong_handle_shows(folder: Path) -> None:
     for name in ("law", "mola"):
         with pytest.raises(AssertionError):
             check(served, swapped, ["base", name], folder)
-
-
-def test_columns_that_lie_apart_are_gathered_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "SEGMENT_SECONDS", math.inf)
-    served = ServedModel(tiny("llama"))
-    first = served.attach(served.read(str(folder / "law")))
-    between = [served.attach(served.read(str(folder / "code"))) for _ in range(6)]
-    handles = {"law": first, "poem": served.attach(served.read(str(folder / "poem"))), "base": BASE}
-    for handle in between:
-        served.detach(handle)
-    rows = ["law", "poem", "base"]
-    check(served, handles, rows, folder)
-    again = served.pool.of(Step.of((Span(handles["poem"], 0, 2), Span(first, 2, 3)), torch.device("cpu")))
-    assert again is not None
-    assert isinstance(again.index, Tensor)
-    assert again._taken, "a later step of the same adapters has the copies of the first"
 
 
 def test_tokens_of_the_base_are_the_bases_bit_for_bit(folder: Path) -> None:
@@ -105,12 +87,12 @@ def test_tokens_of_the_base_are_the_bases_bit_for_bit(folder: Path) -> None:
 def test_detaching_gives_back_memory_and_leaves_the_others(folder: Path) -> None:
     served = ServedModel(tiny("llama"))
     handles = attach(served, folder, ("base", "law", "code", "mola", "poem"))
-    free, held = served.pool.free.free, served.pool.committed_bytes()
+    free, held = served.pool.num_free(), served.pool.committed_bytes()
     ids, rows = texts(2), ["law", "poem"]
     before = logits(served, handles, rows, ids)
     served.detach(handles["code"])
     served.detach(handles["mola"])
-    assert served.pool.free.free > free
+    assert served.pool.num_free() > free
     assert served.pool.committed_bytes() <= held
     torch.testing.assert_close(logits(served, handles, rows, ids), before)
     again = served.attach(served.read(str(folder / "code")))

@@ -1,0 +1,112 @@
+"""How the tokens of a step go through the slots of low-rank adapters: in few products, each factor read once.
+
+An adapter with many tokens in the step has a product of its own over each of its texts. Of the others, those in
+neighbouring slots are one batched product: M rows for each slot, M the most tokens that one of them has.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from molex_serve.model.step import Span, Step
+
+MANY = 8  # tokens: from here a product of its own is as fast
+GAP = 1  # slots between neighbours that are read for nothing, rather than begin another product
+
+
+class Batch(NamedTuple):
+    """Of slots of one rank. take (N M,): tokens, M for each slot, any token where it has fewer; a slice where they lie
+    side by side and are all its own. place: which of the N M are of tokens; tokens: of which."""
+
+    rank: int
+    slots: slice
+    handles: frozenset[int]
+    take: slice | Tensor
+    place: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def add(self, A: Tensor, B: Tensor, x: Tensor, y: Tensor) -> None:
+        """A (N, R, D), B (N, R, O), x (T, D), y (T, O), in place."""
+        num_slots = len(A)
+        if num_slots == 1 and isinstance(self.take, slice):
+            y[self.take].addmm_(x[self.take] @ A[0].T, B[0])
+            return
+        hidden = torch.bmm(x[self.take].view(num_slots, -1, x.shape[1]), A.transpose(1, 2))
+        if isinstance(self.take, slice):
+            y[self.take].view(num_slots, -1, y.shape[1]).baddbmm_(hidden, B)
+            return
+        added = torch.bmm(hidden, B).view(-1, y.shape[1])
+        assert self.tokens is not None
+        y.index_add_(0, self.tokens, added if self.place is None else added[self.place])
+
+
+class Batches(NamedTuple):
+    all: tuple[Batch, ...]
+    handles: frozenset[int]
+
+
+def batches_of(step: Step, places: Mapping[int, tuple[int, int]]) -> Batches:
+    """places: (rank, slot) of each adapter of the step that has one."""
+    spans = sorted((span for span in step.spans if span.handle in places), key=lambda span: span.handle)
+    of_adapter = {handle: [*own] for handle, own in groupby(spans, key=lambda span: span.handle)}
+    many = {h for h, own in of_adapter.items() if sum(span.stop - span.start for span in own) >= MANY}
+    found = [batch for handle in many for batch in _own_products(of_adapter[handle], *places[handle])]
+    few = sorted((places[handle], handle) for handle in of_adapter.keys() - many)
+    for run in _neighbours(few):
+        found.append(_one_product(run, of_adapter, step.handles.device))
+    return Batches(tuple(found), frozenset(of_adapter))
+
+
+def _own_products(spans: list[Span], rank: int, slot: int) -> Iterator[Batch]:
+    for span in _joined(spans):
+        yield Batch(rank, slice(slot, slot + 1), frozenset({span.handle}), slice(span.start, span.stop))
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Texts of one adapter that lie side by side as one."""
+    joined = spans[:1]
+    for span in spans[1:]:
+        if span.start == joined[-1].stop:
+            joined[-1] = joined[-1]._replace(stop=span.stop)
+        else:
+            joined.append(span)
+    return joined
+
+
+Placed = tuple[tuple[int, int], int]  # (rank, slot), handle
+
+
+def _neighbours(placed: list[Placed]) -> Iterator[list[Placed]]:
+    """Runs of one rank without larger gaps."""
+    run = placed[:1]
+    for ((rank, slot), _), following in pairwise(placed):
+        (next_rank, next_slot), _ = following
+        if next_rank != rank or next_slot - slot > 1 + GAP:
+            yield run
+            run = []
+        run.append(following)
+    if run:
+        yield run
+
+
+def _one_product(run: list[Placed], spans: Mapping[int, list[Span]], device: torch.device) -> Batch:
+    (rank, first), (_, last) = run[0][0], run[-1][0]
+    rows = {slot: [t for span in spans[h] for t in range(span.start, span.stop)] for (_, slot), h in run}
+    most = max(map(len, rows.values()))
+    take, place = [], []
+    for slot in range(first, last + 1):
+        own = rows.get(slot, [])
+        place += range(len(take), len(take) + len(own))
+        take += own + [0] * (most - len(own))
+    slots, handles = slice(first, last + 1), frozenset(handle for _, handle in run)
+    full = len(place) == len(take)
+    if full and take == list(range(take[0], take[0] + len(take))):
+        return Batch(rank, slots, handles, slice(take[0], take[0] + len(take)))
+    indices = torch.tensor(take, device=device)
+    if full:
+        return Batch(rank, slots, handles, indices, None, indices)
+    places = torch.tensor(place, device=device)
+    return Batch(rank, slots, handles, indices, places, indices[places])
