@@ -19,6 +19,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from molex.errors import TargetError
 
+GROUPED = (torch.bfloat16, torch.float16)  # of which a GPU multiplies all groups in one launch
+MOST_GROUPS = 1023  # that one launch takes
+
 Forward = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]  # (module, x (T, H), ids (T, K), weights (T, K))
 
 
@@ -129,6 +132,13 @@ def own_forward(module: nn.Module, own: Any) -> Forward:
 def gate_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
     """(N, 2I) -> (N, I): the activation of the first half times the second."""
     return module._apply_gate  # type: ignore[return-value]
+
+
+def may_group(x: Tensor, experts: ExpertWeights) -> bool:
+    """Whether one `grouped_mm` can multiply all of them: on a GPU, where rows begin at multiples of 16 bytes."""
+    num_experts, hidden, inner = experts.down.shape
+    fits = num_experts <= MOST_GROUPS and hidden % 8 == 0 and inner % 8 == 0
+    return x.is_cuda and x.dtype in GROUPED and experts.down.dtype == x.dtype and fits
 
 
 def weigh(pairs_NH: Tensor, weights_TK: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from molex.esft.layers import ExpertLayer, ExpertWeights, gate_of, weigh
+from molex.esft.layers import ExpertLayer, ExpertWeights, gate_of, may_group, weigh
 from molex.kernels.grouped import sort_pairs
 
 IMPLEMENTATION = "molex_esft"
-GROUPED = (torch.bfloat16, torch.float16)  # of which a GPU multiplies all groups in one launch
 
 Gate = Callable[[Tensor], Tensor]
 
@@ -58,7 +57,7 @@ class TunedExperts(nn.Module):
         base = ExpertWeights(originals.gate_up_proj, originals.down_proj)  # type: ignore[arg-type]
         tuned = ExpertWeights(self.gate_up.to(dtype), self.down.to(dtype))
         pairs = Pairs(x.to(dtype), ids.reshape(-1), self.place[ids.reshape(-1)])
-        compute = by_groups if _may_group(pairs.x, base) else by_experts
+        compute = by_groups if may_group(pairs.x, base) else by_experts
         return weigh(compute(pairs, base, tuned, gate_of(originals)), weights, x.dtype)
 
     def weights(self, dtype: torch.dtype) -> dict[int, ExpertWeights]:
@@ -80,12 +79,6 @@ def tuned_forward(module: nn.Module, x: Tensor, ids: Tensor, weights: Tensor) ->
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, tuned_forward)
-
-
-def _may_group(x: Tensor, base: ExpertWeights) -> bool:
-    """On a GPU, where rows begin at multiples of 16 bytes."""
-    inner, hidden = base.down.shape[2], base.down.shape[1]
-    return x.is_cuda and x.dtype in GROUPED and base.gate_up.dtype == x.dtype and inner % 8 == 0 and hidden % 8 == 0
 
 
 def by_experts(pairs: Pairs, base: ExpertWeights, tuned: ExpertWeights, gate: Gate) -> Tensor:

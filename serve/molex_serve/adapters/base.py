@@ -5,11 +5,10 @@ same generation, and caches keyed by it never mix two contents.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
-from torch import Tensor
-
+from molex.esft import ExpertWeights
 from molex.library import Factors
 from molex.mixture import Mixture
 
@@ -45,15 +44,9 @@ class Routed(HostAdapter):
     mixture: Mixture
 
 
-class ExpertWeights(NamedTuple):
-    """One expert that replaces the base's."""
-
-    gate_up: Tensor  # (2I, H)
-    down: Tensor  # (H, I)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ExpertSwap(HostAdapter):
-    """experts: for each mixture-of-experts layer, by name, which of its experts are replaced, and by what."""
+    """experts: for each mixture-of-experts layer, by name, which of its experts are replaced, and by what; in the
+    base's dtype."""
 
-    experts: Mapping[str, Mapping[int, ExpertWeights]] = field(default_factory=dict)
+    experts: Mapping[str, Mapping[int, ExpertWeights]]
