@@ -71,9 +71,10 @@ class Extend(Preload):
         known = self._memories.get(base)
         if known is not None and known.shape == shape and known.data_ptr() == W.data_ptr() and known.dtype == W.dtype:
             return known
-        memory = W.new_zeros(shape)
-        memory[:, : W.shape[1]] = W
-        W.data = memory[:, : W.shape[1]]
+        with torch.inference_mode(False):  # what is laid in inference is trained with later
+            memory = torch.zeros(shape, dtype=W.dtype, device=W.device)
+            memory[:, : W.shape[1]] = W
+            W.data = memory[:, : W.shape[1]]
         self._memories[base] = memory
         return memory
 

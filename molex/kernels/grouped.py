@@ -107,7 +107,7 @@ def _unsort(sorted_rows: Tensor, plan: Plan) -> Tensor:
 def _padded(columns: Columns) -> tuple[Tensor, Tensor]:
     """The experts as (E, R, D) and (E, O, R), zero-padded to one rank that is a multiple of 8."""
     rank = -(-max(columns.ranks) // 8) * 8
-    A_CD = columns.A if columns.row_of_column is None else columns.A[columns.row_of_column]
+    A_CD = columns.A.contiguous() if columns.row_of_column is None else columns.A[columns.row_of_column]
     if columns.uniform_rank() == rank:
         return A_CD.unflatten(0, (-1, rank)), columns.B.unflatten(1, (-1, rank)).movedim(1, 0).contiguous()
     blocks = list(zip(A_CD.split(columns.ranks), columns.B.split(columns.ranks, dim=1), strict=True))

@@ -101,7 +101,7 @@ class _Pairs(torch.autograd.Function):
         if needs_x:
             d_x = dy @ W
         if needs_x or needs_source:
-            through_experts = torch.zeros_like(read) if ctx.apart or d_x is None else d_x
+            through_experts = read.new_zeros(read.shape) if ctx.apart or d_x is None else d_x
             grouped_expand_add(through_experts, d_hidden, A.T, pairs, rows)
             d_source = through_experts if ctx.apart else None
         return d_x, d_source, None, None, d_A, d_B, d_weights, None, None, None, None

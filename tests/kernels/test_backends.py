@@ -113,6 +113,18 @@ def test_batch_dimensions_and_dropped_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HERE)
+def test_gradients_of_a_transposed_input_and_of_what_dropout_left(name: str) -> None:
+    """A row of x need not lie together, which its gradient must not take over. x and dropped are other leaves."""
+    p = make(CASES[0], "linear", torch.float32)
+    x, dropped = (part.detach().T.contiguous().T.requires_grad_() for part in (p.x, p.x * 2))
+    y = backends[name]().linear(x, base_of(p), p.columns(), p.routing(), dropped=dropped)
+    d_x, d_dropped = torch.autograd.grad(y, (x, dropped), p.grad)
+    torch.testing.assert_close(d_x, p.grad @ p.W)
+    delta_TO = backends["reference"]().delta(dropped, p.columns(), p.routing())
+    torch.testing.assert_close(d_dropped, torch.autograd.grad(delta_TO, dropped, p.grad)[0])
+
+
+@pytest.mark.parametrize("name", HERE)
 def test_activations_at_hand_are_used(name: str) -> None:
     p = make(CASES[0], "linear", torch.float32)
     given = backends[name]().delta(p.x, p.columns(), p.routing(), hidden=p.columns().shrink(p.x))

@@ -69,3 +69,12 @@ def test_two_forwards_before_two_backwards() -> None:
         model(ids)
     model(ids.flip(1)).logits.square().sum().backward()
     torch.testing.assert_close(torch.autograd.grad(first, B)[0], expected)
+
+
+def test_what_is_laid_in_inference_is_trained_with_later() -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    molex.convert(model, molex.preset("mola", num_experts=4, rank=4, allocation=None, backend="extend"))
+    with torch.inference_mode():
+        model(torch.arange(6)[None])
+    model.train()(torch.arange(6)[None], labels=torch.arange(6)[None]).loss.backward()
+    assert not model.model.layers[0].self_attn.q_proj.weight.is_inference()
