@@ -7,10 +7,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from molex.errors import MolexError
+from molex.esft.files import CONFIG_FILE as ESFT_FILE
 from molex.io.peft import CONFIG_FILE as PEFT_FILE
 from molex.io.record import CONFIG_FILE as MOLEX_FILE
 from molex_serve.adapters.base import HostAdapter
 from molex_serve.adapters.blend import BLEND_FILE, read_blend
+from molex_serve.adapters.esft import read_esft
 from molex_serve.adapters.lora import read_lora
 from molex_serve.adapters.mixture import read_mixture
 from molex_serve.errors import BadAdapter, ServeError
@@ -22,6 +24,7 @@ READERS: dict[str, Reader] = {
     MOLEX_FILE: read_mixture,
     BLEND_FILE: read_blend,
     PEFT_FILE: read_lora,
+    ESFT_FILE: read_esft,
 }
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from molex.errors import StateError
-from molex_serve.adapters.base import HostAdapter, LowRank, Routed
+from molex.errors import StateError, TargetError
+from molex.esft.layers import find_layers
+from molex_serve.adapters.base import ExpertSwap, HostAdapter, LowRank, Routed
 from molex_serve.adapters.loading import read
 from molex_serve.errors import BadAdapter, LoadBusy
 from molex_serve.model.columns import ColumnPool
+from molex_serve.model.experts import ExpertPool
 from molex_serve.model.linear import Current, ServedBlock, ServedLinear
 from molex_serve.model.plan import Plan
 from molex_serve.model.routed import Attribution, RoutedAdapter
@@ -33,6 +35,7 @@ class ServedModel:
         self.pristine = twin_of(model)
         self.current, self.pool = Current(), ColumnPool(self.limits.columns)
         self.routed: dict[int, RoutedAdapter] = {}
+        self.experts = self._expert_pool()
         self._linears: dict[str, nn.Module] = {}  # the base's own, where one stands in their place
         self._blocks: dict[str, nn.Module] = {}
 
@@ -53,14 +56,18 @@ class ServedModel:
         elif isinstance(adapter, Routed):
             self.routed[handle] = routed = RoutedAdapter(adapter.mixture)
             self._serve(routed.layers, routed.blocks)
+        elif isinstance(adapter, ExpertSwap) and self.experts is not None:
+            self.experts.attach(handle, adapter)
         else:
-            raise BadAdapter(f"{adapter.source} is of kind {adapter.kind!r}, which this model cannot serve")
+            raise BadAdapter(f"{adapter.source} is of kind {adapter.kind!r}, which is not served over this model here")
         return handle
 
     def detach(self, handle: int) -> None:
         """Gives its place and its memory back; no request may use it any more."""
         if handle in self.routed:
             del self.routed[handle]
+        elif self.experts is not None and handle in self.experts:
+            self.experts.detach(handle)
         else:
             self.pool.remove(handle)
 
@@ -71,6 +78,8 @@ class ServedModel:
 
     def begin_step(self, step: Step | None) -> None:
         """The next forward has these tokens; None: the step is over."""
+        if self.experts is not None:
+            self.experts.step = step
         if step is None or not step.present:
             self.current.adds = None
             return
@@ -93,6 +102,18 @@ class ServedModel:
         self._blocks.clear()
         self.routed.clear()
         self.pool.close()
+        if self.experts is not None:
+            self.experts.close()
+
+    def _expert_pool(self) -> ExpertPool | None:
+        """Slots beside the experts of a mixture-of-experts base; None over others, and where there are to be none."""
+        if self.limits.expert_slots == 0:
+            return None
+        try:
+            find_layers(self.model)
+        except TargetError:
+            return None
+        return ExpertPool(self.model, self.limits.expert_slots, self.limits.resident)
 
     def _serve(self, linears: Iterable[str], blocks: Iterable[str] = ()) -> None:
         """Has these linears and feed-forward blocks look at what a step adds."""
@@ -104,7 +125,7 @@ class ServedModel:
             module.forward = ServedBlock(name, module, self.current)  # type: ignore[assignment]
 
     def _free_handle(self) -> int:
-        taken = {*self.routed, *self.pool.places}
+        taken = {*self.routed, *self.pool.places, *(self.experts.handles() if self.experts else ())}
         free = next((h for h in range(BASE + 1, self.limits.resident + 1) if h not in taken), None)
         if free is None:
             raise LoadBusy(f"{len(taken)} adapters are resident, as many as are allowed here")

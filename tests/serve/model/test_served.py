@@ -145,8 +145,15 @@ def test_who_served_a_token(folder: Path) -> None:
 
 
 def test_half_precision(folder: Path) -> None:
+    """Routed ones beside their mixture in the same precision: in another one, near ties are decided otherwise."""
     served, ids, rows = ServedModel(tiny("llama").bfloat16()), texts(4), ["code", "mola", "base", "mixlora"]
     handles = attach(served, folder, ("base", "code", "mola", "mixlora"))
-    for name, own, ids_S in zip(rows, logits(served, handles, rows, ids), ids, strict=True):
-        wanted = alone(name, folder, "llama", ids_S)
-        assert (own.float() - wanted).norm() < 0.03 * wanted.norm(), name
+    found = logits(served, handles, rows, ids).float()
+    for row, name in enumerate(rows):
+        if name in MIXTURES:
+            mixture = molex.load(tiny("llama").bfloat16(), folder / name)
+            with torch.no_grad():
+                wanted = mixture.model.eval()(ids).logits[row].float()
+        else:
+            wanted = alone(name, folder, "llama", ids[row])
+        assert (found[row] - wanted).norm() < 0.03 * wanted.norm(), name
