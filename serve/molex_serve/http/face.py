@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molex_serve.engine.base import Engine
 from molex_serve.http.gate import Gate
+from molex_serve.http.mailbox import Mailbox
 from molex_serve.http.metrics import Metrics
 from molex_serve.http.ports import Adapters, Lease
 from molex_serve.http.vocabulary import Vocabulary
@@ -27,6 +28,8 @@ WAITING_THREADS = 128  # for what waits: adapters that are being loaded, prompts
 class Face:
     """Work that takes time goes to threads: one for the tokenizer, which is not to be shared, one that gives leases
     back, which may wait for a step to end, and many that wait."""
+
+    mail: Mailbox  # onto the event loop, from its start on
 
     def __init__(
         self, engine: Engine, adapters: Adapters, tokenizer: PreTrainedTokenizerBase, settings: ServerSettings
@@ -51,6 +54,7 @@ class Face:
         self._releasing.submit(lease.release).add_done_callback(_log_failure)
 
     async def start(self) -> None:
+        self.mail = Mailbox(asyncio.get_running_loop())
         await asyncio.to_thread(self.engine.start)
 
     async def stop(self, drain_seconds: float) -> None:

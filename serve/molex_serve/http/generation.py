@@ -6,13 +6,12 @@ nothing in the engine needs it: after the last event of the last request, which 
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 from molex_serve.engine.base import Event, Request, Sampling, TokenLogprob
-from molex_serve.errors import ServeError, Unavailable
+from molex_serve.errors import Unavailable
 from molex_serve.http.face import Face
 from molex_serve.http.ports import Lease
 from molex_serve.http.problems import EngineFailed
@@ -22,7 +21,7 @@ from molex_serve.http.text import ChoiceText, Piece, echo
 from molex_serve.http.timing import Timing
 
 R = TypeVar("R")
-WATCH_SECONDS = 5.0  # how long to wait for an event before asking whether the engine is alive
+WATCH_SECONDS = 5.0  # how often to ask whether the engine is alive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,28 +66,34 @@ class Generation:
         for place, prompt in enumerate(job.prompts if job.scored is not None else ()):
             score = partial(engine.score, prompt.ids, handle, job.task, job.scored or 0)
             await self._thread(f"score-{place}", score, self._scores.append)
-        self.timing.submitted(sum(len(prompt.ids) for prompt in job.prompts))
+        self.timing.submitted()
         await self._submit([self._request(index, handle) for index in range(self._num_choices)])
         self._submitted = True
         self._release_if_over()
 
     @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.job.prompts)
+
+    @property
     def _num_choices(self) -> int:
         return len(self.job.prompts) * self.job.n if self.job.sampling is not None else 0
 
-    async def _thread(self, key: str, function: Callable[[], R], then: Callable[[R], object]) -> R:
+    async def _thread(self, key: str, function: Callable[[], R], then: Callable[[R], object] | None = None) -> None:
         """Runs something that needs the lease. A client that leaves stops the waiting, not the thread: what came of it
         is still taken note of."""
 
         def done(future: "asyncio.Future[R]") -> None:
-            if not future.cancelled() and future.exception() is None:
+            if not future.cancelled() and future.exception() is None and then is not None:
                 then(future.result())
+            if self._closed:
+                self._cancel()
             self._over(key)
 
         self._pending.add(key)
         future = self.face.waiting(function)
         future.add_done_callback(done)
-        return await asyncio.shield(future)
+        await asyncio.shield(future)
 
     def _got_lease(self, lease: Lease) -> None:
         self._lease, self.generation = lease, lease.generation
@@ -110,21 +115,18 @@ class Generation:
 
     async def _submit(self, requests: list[Request]) -> None:
         """On a thread, since a grammar may have to be compiled. One that is refused ends those before it."""
-        loop, engine = asyncio.get_running_loop(), self.face.engine
+        engine, mail = self.face.engine, self.face.mail
         self._pending.update(request.id for request in requests)
 
-        def submit() -> ServeError | None:
+        def submit() -> None:
             for index, request in enumerate(requests):
                 try:
-                    engine.submit(request, partial(self._deliver, loop, index))
-                except ServeError as error:
-                    loop.call_soon_threadsafe(self._never_ran, requests[index:])
-                    return error
-            return None
+                    engine.submit(request, partial(self._deliver, index))
+                except BaseException:
+                    mail.put(partial(self._never_ran, requests[index:]))
+                    raise
 
-        refused = await self._thread("submit", submit, lambda _: self._cancel() if self._closed else None)
-        if refused is not None:
-            raise refused
+        await self._thread("submit", submit)
 
     def _never_ran(self, requests: list[Request]) -> None:
         for request in requests:
@@ -133,10 +135,9 @@ class Generation:
     def _request_id(self, index: int) -> str:
         return f"{self.job.id}-{index}"
 
-    def _deliver(self, loop: asyncio.AbstractEventLoop, index: int, event: Event) -> None:
-        """On the engine's thread, which must not stumble over a loop that was closed meanwhile."""
-        with suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._arrived, index, event)
+    def _deliver(self, index: int, event: Event) -> None:
+        """On the engine's thread."""
+        self.face.mail.put(partial(self._arrived, index, event))
 
     def _arrived(self, index: int, event: Event) -> None:
         self.timing.arrived(index, event)
@@ -151,8 +152,9 @@ class Generation:
             for index in range(len(self.job.prompts) * self.job.n):
                 yield index, self._echo(index // self.job.n)
         choices = {index: self._choice(index) for index in range(self._num_choices)}
+        self._watch()
         while choices:
-            index, event = await self._next_event()
+            index, event = await self._events.get()
             if index not in choices:  # it ended at a stop string; the engine did not know yet
                 continue
             _check(event)
@@ -177,19 +179,21 @@ class Generation:
         offset = len(self.job.prompts[index // self.job.n].text) if self.job.echo else 0
         return ChoiceText(self.face.vocabulary, self.job.stops, frozenset(sampling.stop_token_ids), offset)
 
-    async def _next_event(self) -> tuple[int, Event]:
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_SECONDS):
-                    return await self._events.get()
-            if not self.face.engine.alive():
-                raise EngineFailed("the engine has stopped; nothing more will come")
+    def _watch(self) -> None:
+        """Every request gets a last event; an engine that is dead all the same leaves nobody waiting for it."""
+        if self._closed:
+            return
+        if not self.face.engine.alive():
+            for index in range(self._num_choices):
+                self._arrived(index, Event(finish_reason="error", error="the engine has stopped"))
+        else:
+            asyncio.get_running_loop().call_later(WATCH_SECONDS, self._watch)
 
     def close(self) -> None:
         """Cancels what still runs. May be called at any time and more than once."""
         if not self._closed:
             self._closed = True
-            self.timing.closed(self.new_tokens, cancelled=self._cancel())
+            self.timing.closed(self.num_prompt_tokens if self._submitted else 0, self.new_tokens, self._cancel())
         self._release_if_over()
 
     def _cancel(self) -> bool:

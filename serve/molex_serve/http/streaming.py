@@ -81,8 +81,7 @@ class Answering:
         )
 
     def _usage(self) -> Usage:
-        prompt = sum(len(prompt.ids) for prompt in self.generation.job.prompts)
-        new = self.generation.new_tokens
+        prompt, new = self.generation.num_prompt_tokens, self.generation.new_tokens
         return Usage(prompt_tokens=prompt, completion_tokens=new, total_tokens=prompt + new)
 
 

@@ -26,9 +26,9 @@ class Timing:
         """The adapter is there."""
         self.metrics.lease.labels(self.adapter).observe(time.perf_counter() - self.begun)
 
-    def submitted(self, prompt_tokens: int) -> None:
+    def submitted(self) -> None:
+        """The engine gets to know of it now."""
         self.queued = time.perf_counter()
-        self.metrics.prompt_tokens.labels(self.adapter).inc(prompt_tokens)
 
     def arrived(self, index: int, event: Event) -> None:
         now = time.perf_counter()
@@ -43,7 +43,8 @@ class Timing:
             spent = now - self.first[index]
             self.metrics.next_token.labels(self.adapter).observe(spent / (self.counts[index] - 1))
 
-    def closed(self, new_tokens: int, cancelled: bool) -> None:
+    def closed(self, prompt_tokens: int, new_tokens: int, cancelled: bool) -> None:
+        self.metrics.prompt_tokens.labels(self.adapter).inc(prompt_tokens)
         self.metrics.new_tokens.labels(self.adapter).inc(new_tokens)
         if cancelled:
             self.metrics.cancelled.labels(self.adapter).inc()

@@ -74,7 +74,7 @@ def shared() -> Iterator[Running]:
 def served(shared: Running) -> Iterator[Running]:
     """The module's server, as new; every lease that a test took must be back at its end."""
     fresh = FakeEngine()
-    for name in ("say", "per_event", "steps_left", "lets_go", "queue", "fail_after", "scoring", "longest"):
+    for name in ("say", "per_event", "steps_left", "lets_go", "queue", "fail_after", "scoring", "compiling", "longest"):
         setattr(shared.engine, name, getattr(fresh, name))
     shared.engine.cancelled, shared.engine.submitted = [], []
     shared.adapters.__dict__.update(FakeAdapters().__dict__)

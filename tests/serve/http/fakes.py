@@ -33,7 +33,8 @@ class Running:
 
 class FakeEngine(Engine):
     """say: the answer's bytes. per_event: tokens that come at once. steps_left: after so many it waits, and only lets
-    cancelled requests go, where lets_go. queue: how many requests it takes. scoring: cleared, scores wait for it."""
+    cancelled requests go, where lets_go. queue: how many requests it takes. scoring, compiling: cleared,
+    scores and submissions wait for them."""
 
     def __init__(self, longest: int = 512):
         self.longest = longest
@@ -46,8 +47,9 @@ class FakeEngine(Engine):
         self.cancelled: list[str] = []
         self.submitted: list[Request] = []
         self.stopped = 0
-        self.scoring = threading.Event()
+        self.scoring, self.compiling = threading.Event(), threading.Event()
         self.scoring.set()
+        self.compiling.set()
         self._running: dict[str, Running] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -86,6 +88,7 @@ class FakeEngine(Engine):
         )
 
     def submit(self, request: Request, deliver: Deliver) -> None:
+        assert self.compiling.wait(10)
         with self._lock:
             if len(self._running) >= self.queue:
                 raise Overloaded(f"{self.queue} requests wait")

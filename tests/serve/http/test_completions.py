@@ -7,7 +7,7 @@ import pytest
 from openai import APIError, BadRequestError, NotFoundError, RateLimitError
 
 from molex.workbench.tokenizer import BOS, EOS
-from tests.serve.http.conftest import Running
+from tests.serve.http.conftest import Running, wait_for
 
 
 def test_a_completion_says_who_spoke_and_what_it_cost(served: Running) -> None:
@@ -94,6 +94,8 @@ def test_choices_are_different_and_repeatable(served: Running) -> None:
         assert [choice.index for choice in answer.choices] == [0, 1, 2]
         assert [choice.text for choice in answer.choices] == ["[base]x#7", "[base]x#8", "[base]x#9"]
     assert served.completion(n=2, seed=-(2**63)).status_code == 200
+    assert served.completion(n=2, seed=2**63 - 1).status_code == 200
+    assert all(0 <= (request.sampling.seed or 0) < 2**63 for request in served.engine.submitted)
     assert served.completion(seed=2**63).status_code == 400
 
 
@@ -301,6 +303,22 @@ def test_an_engine_that_fails_is_an_error_in_both_forms(served: Running) -> None
     assert "".join(next(stream).choices[0].text for _ in range(3)) == "[aa"
     with pytest.raises(APIError, match="a step failed"):
         next(stream)
+
+
+def test_an_engine_with_a_fault_takes_no_lease_with_it(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, calls = served.engine.submit, []
+
+    def broken(*given: Any) -> None:
+        calls.append(given)
+        if len(calls) == 2:
+            raise ZeroDivisionError
+        submit(*given)
+
+    served.engine.steps_left = 0
+    monkeypatch.setattr(served.engine, "submit", broken)
+    assert served.completion(model="law", n=3).status_code == 500
+    wait_for(lambda: served.adapters.released == ["law"])
+    assert len(served.engine.cancelled) == 1
 
 
 def test_eos_is_the_only_end_of_an_endless_answer(served: Running) -> None:

@@ -105,6 +105,15 @@ def test_a_special_token_is_named_and_not_shown(vocabulary: Vocabulary) -> None:
     assert vocabulary.spelling(10**6) == b""
 
 
+def test_an_added_token_is_written_as_it_is() -> None:
+    tokenizer = load_tokenizer()
+    tokenizer.add_tokens(["<think>", "日本"])
+    vocabulary = Vocabulary(tokenizer)
+    ids = tokenizer.encode("a<think>日本é", add_special_tokens=False)
+    assert ids[1:3] == [264, 265]
+    assert joined(pieces(vocabulary, ids, [1] * len(ids))).text == tokenizer.decode(ids) == "a<think>日本é"
+
+
 def test_an_echo_is_the_prompt_as_it_was_given(vocabulary: Vocabulary) -> None:
     scores = [TokenLogprob(ord("a"), -1.0), TokenLogprob(ord("b"), -2.0)]
     piece = echo(vocabulary, (BOS, ord("a"), ord("b")), "ab", scores)
