@@ -1,0 +1,88 @@
+"""The first invariant: through the engine a mixed batch of real adapters is each one's own library, token for token."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import molex
+from molex_serve.engine.base import Request, Sampling
+from molex_serve.engine.continuous import ContinuousEngine
+from molex_serve.model.served import ServedModel
+from molex_serve.settings import EngineSettings
+from tests.models import tiny
+from tests.serve.adapters_of import LORAS, MIXTURES, TASKS, add_blend, save_blend, save_lora, save_mixture
+from tests.serve.engine.serving import CHUNKED, CRAMPED, ROOMY, prompt, running, serve, tokenizer
+
+EVERYONE = ("base", *LORAS, "blend", *MIXTURES)
+SETTINGS = {"roomy": ROOMY, "chunked": CHUNKED, "cramped": CRAMPED, "no prefixes": replace(CRAMPED, prefix_cache=False)}
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for name in LORAS:
+        save_lora(name, tiny("llama"), folder)
+    save_blend(folder)
+    for name in MIXTURES:
+        save_mixture(name, tiny("llama"), folder)
+    return folder
+
+
+def own_model(name: str, folder: Path) -> PreTrainedModel:
+    base = tiny("llama")
+    if name in LORAS:
+        return peft.PeftModel.from_pretrained(base, str(folder / name)).merge_and_unload()  # type: ignore[return-value]
+    if name == "blend":
+        add_blend(base, folder, "llama")
+    elif name != "base":
+        molex.load(base, folder / name).set_tasks([TASKS[name]] if name in TASKS else None)
+    return base.eval()
+
+
+def requests(handles: dict[str, int], names: list[str]) -> list[Request]:
+    """Two for each, one of which has a prompt that all adapters share."""
+    return [
+        Request(
+            id=f"{name}, {same}",
+            prompt_ids=prompt(13) if same else prompt(3 + 7 * number % 23, seed=number),
+            sampling=Sampling(max_tokens=NEW, temperature=0),
+            handle=handles.get(name, 0),
+            generation=name if name in handles else "",
+            task=TASKS.get(name),
+        )
+        for same in (True, False)
+        for number, name in enumerate(names)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, list[int]]:
+    """By transformers' generate, on each adapter's own model."""
+    found = {}
+    for name in EVERYONE:
+        model = own_model(name, folder)
+        for request in requests({}, list(EVERYONE)):
+            if request.id.startswith(f"{name}, "):
+                ids = torch.tensor([request.prompt_ids])
+                with torch.no_grad():
+                    whole = model.generate(ids, max_new_tokens=NEW, do_sample=False)  # type: ignore[operator]
+                found[request.id] = whole[0, ids.shape[1] :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_everyone_at_once(settings: EngineSettings, folder: Path, expected: dict[str, list[int]]) -> None:
+    served = ServedModel(tiny("llama"))
+    handles = {name: served.attach(served.read(str(folder / name))) for name in EVERYONE if name != "base"}
+    asked = requests(handles, list(EVERYONE))
+    engine = ContinuousEngine(served.model, tokenizer(), settings, served.begin_step)
+    with running(engine):
+        found = serve(engine, asked)
+    for request, tokens in zip(asked, found, strict=True):
+        assert tokens == expected[request.id], request.id
+    assert len({tuple(expected[request.id]) for request in asked}) > len(EVERYONE), "the adapters do nothing"
