@@ -82,6 +82,7 @@ def test_usage_comes_last_where_it_is_asked_for(served: Running) -> None:
 
 def test_a_stop_string_ends_the_text_and_the_request(served: Running) -> None:
     served.engine.say = lambda request: b"one two STOP three four five six seven eight"
+    served.engine.steps_left = 12  # as many tokens as it takes
     answer = served.completion(stop="STOP", max_tokens=100).json()
     assert answer["choices"][0] == {"index": 0, "text": "one two ", "logprobs": None, "finish_reason": "stop"}
     assert answer["usage"]["completion_tokens"] == 12
