@@ -1,4 +1,4 @@
-"""The command line:  molex demo | methods | inspect | merge | export | eval   (also python -m molex ...).
+"""The command line:  molex demo | methods | inspect | merge | export | eval | serve   (also python -m molex ...).
 
 Tables for people, `--json` where a script would read; errors of molex are one sentence on stderr and exit code 1.
 """
@@ -15,6 +15,7 @@ from molex.commands.export import export
 from molex.commands.inspect import inspect
 from molex.commands.merge import merge
 from molex.commands.methods import methods
+from molex.commands.serve import serve
 from molex.errors import MolexError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
@@ -25,7 +26,7 @@ def molex() -> None:
     """Mixtures of LoRA experts, in one library."""
 
 
-for command in (methods, inspect, merge, export, eval, demo):
+for command in (methods, inspect, merge, export, eval, demo, serve):
     app.command()(command)
 
 

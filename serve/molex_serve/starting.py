@@ -1,0 +1,96 @@
+"""What `molex serve` does: read its arguments, load the base, serve until it is told to stop."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from molex.checks import check_choice
+from molex.errors import CheckpointError, ConfigError
+from molex_serve.assembly import assemble
+from molex_serve.demo import demo_adapters, demo_model
+from molex_serve.http.server import Server
+from molex_serve.settings import AdapterLimits, EngineSettings, ServerSettings
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Say = Callable[[str], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """The command line's arguments. demo: the folder of the demonstration's adapters, None = the base is `model`."""
+
+    model: str
+    adapters: Sequence[str]
+    demo: Path | None
+    host: str
+    port: int
+    name: str
+    api_key: str | None
+    admin_key: str | None
+    adapter_root: str | None
+    resident: int
+    cache_tokens: int
+    dtype: str
+    static: bool
+
+
+def start(given: Start, say: Say) -> None:
+    """Returns when the server has stopped."""
+    check_choice("dtype", given.dtype, DTYPES)
+    adapters = named(given.adapters)
+    if given.demo is None:
+        model, tokenizer = load(given.model, given.dtype)
+    else:
+        given.demo.mkdir(parents=True, exist_ok=True)
+        adapters = demo_adapters(given.demo, say) | adapters
+        model, tokenizer = demo_model()
+    settings = ServerSettings(
+        model_name=given.name,
+        host=given.host,
+        port=given.port,
+        api_key=given.api_key,
+        admin_key=given.admin_key,
+        adapter_root=given.adapter_root,
+    )
+    assembly = assemble(
+        model,
+        tokenizer,
+        adapters,
+        server=settings,
+        engine=EngineSettings(cache_tokens=given.cache_tokens),
+        limits=AdapterLimits(resident=given.resident),
+        static=given.static,
+    )
+    say(f"serving {given.name} and {len(adapters)} adapters on http://{given.host}:{given.port}")
+    try:
+        Server(assembly.app, settings).run()
+    finally:
+        assembly.close()
+
+
+def named(adapters: Sequence[str]) -> dict[str, str]:
+    """NAME=SOURCE each. Raises ConfigError on another form, and on a name that is given twice."""
+    found: dict[str, str] = {}
+    for text in adapters:
+        name, separator, source = text.partition("=")
+        if not separator or not name or not source:
+            raise ConfigError(f"--adapter {text!r}: give NAME=FOLDER, or NAME=one:0.6+other:0.4")
+        if name in found:
+            raise ConfigError(f"--adapter {name!r} is given twice")
+        found[name] = source
+    return found
+
+
+def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base and its tokenizer, on the GPU where there is one. Raises CheckpointError where they cannot be had."""
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")), tokenizer  # type: ignore[arg-type]
