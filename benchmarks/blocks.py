@@ -6,11 +6,12 @@ shared    MoE-PEFT's code: the base's gate and up once for all tokens; then, exp
 textbook  every chosen expert is a whole block: gate, up and down of its tokens, all K times
 and molex's, every base projection once: its widen and narrow through a backend, and "…, block", the backend's operation
 for whole blocks.
+In the former each expert has parameters of its own, in molex's all have one A and one B.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +26,21 @@ NAMES = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
-class Block:
-    """A frozen SwiGLU block, the factors of its experts for each of NAMES, A (C, ·) and B (·, C), and a routing whose
-    weights (T, K) sum to 1."""
+class Routed:
+    """A frozen SwiGLU block, and a routing whose weights (T, K) sum to 1."""
 
-    rank: int
     base: Mapping[str, nn.Module]
-    A: Mapping[str, Tensor]
-    B: Mapping[str, Tensor]
     weights: Tensor
     expert_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Block(Routed):
+    """The factors of all experts together for each of NAMES: A (C, ·) and B (·, C)."""
+
+    rank: int
+    A: Mapping[str, Tensor]
+    B: Mapping[str, Tensor]
     expert_of_column: Tensor
 
     @property
@@ -47,29 +53,40 @@ class Block:
     def routing(self) -> Routing:
         return Routing(self.expert_ids, self.weights, None, self.num_experts, normalised=True)
 
+
+@dataclass(frozen=True)
+class Apart(Routed):
+    """The factors of each expert for each of NAMES: A_e (R, ·) and B_e (·, R)."""
+
+    A: Mapping[str, Sequence[Tensor]]
+    B: Mapping[str, Sequence[Tensor]]
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.A["gate"])
+
     def delta(self, name: str, expert_id: int, x: Tensor) -> Tensor:
         """What one expert adds to one projection."""
-        own = slice(expert_id * self.rank, (expert_id + 1) * self.rank)
-        return F.linear(F.linear(x, self.A[name][own].to(x.dtype)), self.B[name][:, own].to(x.dtype))
+        return F.linear(F.linear(x, self.A[name][expert_id].to(x.dtype)), self.B[name][expert_id].to(x.dtype))
 
 
-Method = Callable[[Block, Tensor], Tensor]
+Method = Callable[[Any, Tensor], Tensor]  # of an Apart in THEIRS, of a Block in OURS
 
 
-def base_alone(block: Block, x: Tensor) -> Tensor:
+def base_alone(block: Routed, x: Tensor) -> Tensor:
     return block.base["down"](F.silu(block.base["gate"](x)) * block.base["up"](x))
 
 
-def textbook(block: Block, x: Tensor) -> Tensor:
+def textbook(block: Apart, x: Tensor) -> Tensor:
     return _expert_by_expert(block, x, lambda name, tokens_N: block.base[name](x[tokens_N]))
 
 
-def shared(block: Block, x: Tensor) -> Tensor:
+def shared(block: Apart, x: Tensor) -> Tensor:
     of_all = {name: block.base[name](x) for name in ("gate", "up")}
     return _expert_by_expert(block, x, lambda name, tokens_N: of_all[name][tokens_N])
 
 
-def _expert_by_expert(block: Block, x: Tensor, base_of: Callable[[str, Tensor], Tensor]) -> Tensor:
+def _expert_by_expert(block: Apart, x: Tensor, base_of: Callable[[str, Tensor], Tensor]) -> Tensor:
     y_TD = torch.zeros_like(x)
     for expert_id in range(block.num_experts):
         tokens_N, slots_N = torch.where(block.expert_ids == expert_id)

@@ -5,16 +5,19 @@ lora            one PEFT-style LoRA of as many ranks as a token uses (K · r); "
 loop            MoE-PEFT's and MixLoRA's code: for each expert its tokens, two products, weighed at the O-wide end and
                 added to zeros, which are added to the base's output
 meteora_loop    MeteoRA's code in training: the same, added to the base's output itself
-meteora         MeteoRA's code in inference: A_e and B_e gathered for each (token, slot), two batched products
+meteora         MeteoRA's code in inference: A_e and B_e gathered for each (token, slot), two batched products, from
+                arrays that it lays out for this once, before
 every_expert    HydraLoRA's code, PEFT-style: every expert on every token, weighed at the O-wide end
 xlora           X-LoRA's code in PEFT: the same, weighed at x
 scattermoe      ScatterMoE, as published and "…, rank_gated" as we would (`scattermoe.py`), where it is installed
 compiled        `dense` under torch.compile
-and molex's backends. All compute in x's dtype, which is never slower than what the codes do.
+and molex's backends. All compute in x's dtype, which is never slower than what the codes do. Experts' parameters lie as
+each code has them (FORMS): a pair for each expert; in MeteoRA's, ScatterMoE's and ours one A and one B for all.
 """
 
 import copy
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import scattermoe
-from benchmarks.problem import Layer
+from benchmarks.problem import Apart, Layer, Routed, Transposed
 from molex.kernels import backends
 from molex.kernels.extend import Extend
 
@@ -33,10 +36,10 @@ SYNCHRONISE = ("loop", "meteora_loop", "megablocks", "scattermoe", "scattermoe, 
 MOST_EXPERTS = 16  # a loop over more takes seconds, and loses by far
 MOST_GATHERED = {"cpu": 2**30, "cuda": 5 * 2**30}  # bytes of factors gathered for each token
 
-Method = Callable[[Layer], Tensor]
+Method = Callable[[Any], Tensor]  # of a Layer, or of what FORMS makes of one
 
 
-def loop(layer: Layer) -> Tensor:
+def loop(layer: Layer | Apart) -> Tensor:
     y_TO = layer.base(layer.x)
     return y_TO + _add_experts(layer, torch.zeros_like(y_TO))
 
@@ -45,7 +48,7 @@ def meteora_loop(layer: Layer) -> Tensor:
     return _add_experts(layer, layer.base(layer.x))
 
 
-def _add_experts(layer: Layer, y_TO: Tensor) -> Tensor:
+def _add_experts(layer: Layer | Apart, y_TO: Tensor) -> Tensor:
     for expert_id in range(layer.num_experts):
         A_RD, B_OR = layer.expert(expert_id)
         tokens_N, slots_N = torch.where(layer.expert_ids == expert_id)
@@ -54,18 +57,17 @@ def _add_experts(layer: Layer, y_TO: Tensor) -> Tensor:
     return y_TO
 
 
-def meteora(layer: Layer) -> Tensor:
+def meteora(layer: Transposed) -> Tensor:
     num_tokens, num_slots = layer.expert_ids.shape
     ids_N = layer.expert_ids.flatten()
-    A_NDR = layer.A.unflatten(0, (-1, layer.rank)).transpose(1, 2).contiguous()[ids_N]
-    B_NRO = layer.B.unflatten(1, (-1, layer.rank)).permute(1, 2, 0).contiguous()[ids_N]
+    A_NDR, B_NRO = layer.A[ids_N].contiguous(), layer.B[ids_N].contiguous()
     x_N1D = layer.x[:, None].expand(-1, num_slots, -1).reshape(num_tokens * num_slots, 1, -1)
     y_NO = torch.bmm(torch.bmm(x_N1D, A_NDR), B_NRO).squeeze(1)
     y_NO = y_NO * layer.weights.flatten()[:, None].to(y_NO.dtype)
     return layer.base(layer.x).add_(y_NO.view(num_tokens, num_slots, -1).sum(1))
 
 
-def every_expert(layer: Layer) -> Tensor:
+def every_expert(layer: Layer | Apart) -> Tensor:
     y_TO, gates_TE = layer.base(layer.x), layer.routing().gates().to(layer.x.dtype)
     for expert_id in range(layer.num_experts):
         A_RD, B_OR = layer.expert(expert_id)
@@ -73,7 +75,7 @@ def every_expert(layer: Layer) -> Tensor:
     return y_TO
 
 
-def xlora(layer: Layer) -> Tensor:
+def xlora(layer: Layer | Apart) -> Tensor:
     y_TO, gates_TE = layer.base(layer.x), layer.routing().gates().to(layer.x.dtype)
     for expert_id in range(layer.num_experts):
         A_RD, B_OR = layer.expert(expert_id)
@@ -81,11 +83,8 @@ def xlora(layer: Layer) -> Tensor:
     return y_TO
 
 
-def one_lora(num_ranks: int) -> Method:
-    def method(layer: Layer) -> Tensor:
-        return layer.base(layer.x) + F.linear(F.linear(layer.x, layer.A[:num_ranks]), layer.B[:, :num_ranks])
-
-    return method
+def one_lora(layer: Layer) -> Tensor:
+    return layer.base(layer.x) + F.linear(F.linear(layer.x, layer.A), layer.B)
 
 
 def through(name: str) -> Method:
@@ -102,9 +101,7 @@ def through(name: str) -> Method:
 
 def contestants(layer: Layer, compiled: bool = False) -> dict[str, Method]:
     """All that can run here; of every other the reason is printed."""
-    top_k = layer.expert_ids.shape[1]
-    found: dict[str, Method] = {"base": lambda layer: layer.base(layer.x)}
-    found |= {"lora": one_lora(top_k * layer.rank), "lora, C": one_lora(len(layer.A))}
+    found: dict[str, Method] = {"base": lambda layer: layer.base(layer.x), "lora": one_lora, "lora, C": one_lora}
     too_many = f"{layer.num_experts} experts are too many to loop over" if layer.num_experts > MOST_EXPERTS else None
     reasons = dict.fromkeys(LOOPS, too_many)
     reasons["meteora"] = _too_much_to_gather(layer)
@@ -140,3 +137,13 @@ SCATTERMOE: dict[str, Method] = {
     "scattermoe, rank_gated": scattermoe.rank_gated,
 }
 CODES: dict[str, Method] = {**LOOPS, "meteora": meteora, **SCATTERMOE}
+FORMS: dict[str, Callable[[Layer], Routed]] = {
+    "lora": lambda layer: layer.first(layer.expert_ids.shape[1] * layer.rank),
+    **dict.fromkeys(("loop", "every_expert", "xlora"), Apart.of),
+    "meteora": Transposed.of,
+}
+
+
+def as_kept(name: str, layer: Layer) -> Routed:
+    """The layer with its experts' parameters as that code has them; where that differs, they are other leaves."""
+    return FORMS[name](layer) if name in FORMS else layer

@@ -19,6 +19,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "transformers", "peft", "scattermoe")
+MEASURED = ("molex", "benchmarks/*.py")  # what a row depends on: the library and who else is timed, not other rows
 FEWEST_ROUNDS, FEWEST_WARMUPS = 10, 3
 
 
@@ -131,9 +132,10 @@ def ratios(over: list[float], under: list[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Hardware, versions, commit; the load says how quiet the machine was."""
+    changed = "+changes" if _git("status", "--porcelain", *MEASURED) else ""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain", "molex") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + changed,
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

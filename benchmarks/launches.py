@@ -8,18 +8,22 @@ lora      PEFT's LoRA on all seven linears
 molex     presets by backend, over the same linears (mixlora: experts on three, plain LoRA on four); `triton` needs a
           GPU or Triton's interpreter
 
-Counted are torch operators and of them the kernels: those that are neither a view nor an allocation. One that launches
-several kernels (a top-k) counts as one, molex's own as what they launch. Waits are answers that the host asks for, and
-lists that it sends: they stall a GPU, and a CUDA graph is not captured over them. Counts do not depend on the sizes, so
-these are small.
+Counted are torch operators, also those that run inside molex's own, and kernels: the operators that are neither a view
+nor an allocation, and every launch by Triton. One of torch that launches several kernels (a top-k) counts as one. Waits
+are answers that the host asks for, and lists that it sends: they stall a GPU, and a CUDA graph is not captured over
+them. Counts do not depend on the sizes, where these are enough for Triton's kernels to split one token's sums.
 """
 
 import argparse
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import peft
 import torch
@@ -39,7 +43,6 @@ MIXTURES = {
     "smora": ("dense", "triton"),
 }
 NO_WORK = ("empty", "new_empty", "empty_like", "_unsafe_view", "lift_fresh", "device", "promote_types")
-SEVERAL = {"shrink_gate": 2, "route_shrink": 2, "self_gated_shrink": 2}  # one token's D is split, its planes added
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
 
 Contestant = Callable[[LlamaForCausalLM], nn.Module]
@@ -53,15 +56,49 @@ class Calls(TorchDispatchMode):
         self.operators: Counter[str] = Counter()
         self.kernels: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+        self._launching = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().partition("::")[2].partition(".")[0]
+        kwargs = kwargs or {}
+        if self._launching:
+            return func(*args, **kwargs)
+        with self:  # inside one of molex's, what is made of others comes whole
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        name, own = func.name().partition("::")[2].partition(".")[0], func.namespace == "molex"
         self.operators[name] += 1
-        if not func.is_view and name not in NO_WORK:
-            self.kernels[name] += SEVERAL.get(name, 1)
+        if not func.is_view and name not in NO_WORK and not own:
+            self.kernels[name] += 1
         if name in WAITS or (name == "lift_fresh" and args[0].dim() > 0):
             self.waits[name] += 1
-        return func(*args, **(kwargs or {}))
+        return self._inside(func, args, kwargs) if own else func(*args, **kwargs)
+
+    def _inside(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs a custom operator so that what it calls is seen: its own code, past this mode."""
+        key = getattr(torch._C.DispatchKey, args[0].device.type.upper())
+        with self:
+            return func.redispatch(torch._C.DispatchKeySet(key), *args, **kwargs)
+
+    @contextmanager
+    def with_triton(self) -> Iterator["Calls"]:
+        """Sees Triton's launches too, and not what its interpreter computes with in their place."""
+        with ExitStack() as entered:
+            if find_spec("triton") is not None:
+                interface = import_module("triton.runtime.jit").KernelInterface
+                entered.enter_context(patch.object(interface, "__getitem__", self._counting(interface.__getitem__)))
+            yield entered.enter_context(self)
+
+    def _counting(self, launcher: Callable[..., Any]) -> Callable[..., Any]:
+        """launcher: (kernel, grid) -> what launches it, and what this returns too."""
+
+        def launch(kernel: Any, grid: Any, *args: object, **kwargs: object) -> None:
+            self.kernels[kernel.__name__] += 1
+            self._launching = True
+            launcher(kernel, grid)(*args, **kwargs)
+            self._launching = False
+
+        return lambda kernel, grid: partial(launch, kernel, grid)
 
 
 def with_lora(model: LlamaForCausalLM) -> nn.Module:
@@ -82,8 +119,8 @@ def contestants() -> dict[str, Contestant]:
 def decoded(make: Contestant, num_layers: int, arguments: argparse.Namespace) -> Calls:
     """What one token of a model of so many layers dispatches, in evaluation, after another token of the same text."""
     config = LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=512,
+        intermediate_size=768,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -95,7 +132,7 @@ def decoded(make: Contestant, num_layers: int, arguments: argparse.Namespace) ->
     with torch.no_grad():
         cache = model(input_ids=token).past_key_values
         model(input_ids=token, past_key_values=cache)
-        with Calls() as calls:
+        with Calls().with_triton() as calls:
             model(input_ids=token, past_key_values=cache)
     return calls
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from benchmarks.ceilings import Ceilings, floor_seconds
 from benchmarks.ceilings import measure as measure_ceilings
-from benchmarks.contestants import BACKENDS, REFERENCES, SYNCHRONISE, Method, contestants, loop
+from benchmarks.contestants import BACKENDS, REFERENCES, SYNCHRONISE, Method, as_kept, contestants, loop
 from benchmarks.harness import Prepared, Step, in_graphs, interleave, ratios, rotating, summary, write
-from benchmarks.problem import PATTERNS, Layer
+from benchmarks.problem import PATTERNS, Layer, Routed
 from tests.close import TOLERANCE
 
 SHAPES = "8192x4096x14336,8192x4096x4096,8192x14336x4096,2048x4096x4096,256x4096x14336,16x4096x4096,1x4096x14336"
@@ -44,7 +44,7 @@ def check(layer: Layer, found: Mapping[str, Method]) -> None:
     truth, plain = gradients(loop, layer.double()), gradients(loop, layer)
     for name in found.keys() - {*REFERENCES}:
         allowed = 2 if name in BACKENDS else 4  # others may round what they weigh or add up
-        for what, got in gradients(found[name], layer).items():
+        for what, got in gradients(found[name], as_kept(name, layer)).items():
             error, usual = _error(got, truth[what]), _error(plain[what], truth[what])
             limit = max(allowed * usual, TOLERANCE[layer.x.dtype])  # the latter for other orders of summation
             assert error <= limit, f"{name} {what}: {error:.2g}, a loop {usual:.2g}"
@@ -55,38 +55,40 @@ def _error(got: Tensor, truth: Tensor) -> float:
     return float((got.double() - truth).norm() / truth.norm())
 
 
-def gradients(method: Method, layer: Layer) -> dict[str, Tensor]:
+def gradients(method: Method, layer: Routed) -> dict[str, Tensor]:
     y = method(layer)
-    grads = torch.autograd.grad(y, layer.leaves(), layer.grad)
-    return {"y": y.detach(), **dict(zip(("dx", "dA", "dB", "dweights"), grads, strict=True))}
+    dx, *factors, dweights = torch.autograd.grad(y, layer.leaves(), layer.grad)
+    dA, dB = layer.joined(factors)
+    return {"y": y.detach(), "dx": dx, "dA": dA, "dB": dB, "dweights": dweights}
 
 
-def forward(method: Method, layer: Layer) -> Tensor:
+def forward(method: Method, layer: Routed) -> Tensor:
     with torch.no_grad():
         return method(layer)
 
 
-def backward(layer: Layer, y: Tensor) -> object:
+def backward(layer: Routed, y: Tensor) -> object:
     return torch.autograd.grad(y, layer.leaves(), layer.grad, allow_unused=True)
 
 
-def both(method: Method, layer: Layer) -> object:
+def both(method: Method, layer: Routed) -> object:
     return backward(layer, method(layer))
 
 
 def steps(sets: list[Layer], found: Mapping[str, Method]) -> Iterator[tuple[str, dict[str, Step]]]:
     """What is timed, by name: "forward" without gradients, as inference has it, and a training step's passes."""
-    kinds: dict[str, Callable[[Method, Layer], Step]] = {
+    kept = [{name: as_kept(name, layer) for name in found} for layer in sets]
+    kinds: dict[str, Callable[[Method, Routed], Step]] = {
         "forward": lambda method, layer: partial(forward, method, layer),
         "backward": lambda method, layer: Prepared(partial(method, layer), partial(backward, layer)),
         "forward and backward": lambda method, layer: partial(both, method, layer),
     }
     for timed, kind in kinds.items():
-        yield timed, rotating([{name: kind(method, layer) for name, method in found.items()} for layer in sets])
+        yield timed, rotating([{name: kind(method, own[name]) for name, method in found.items()} for own in kept])
     if sets[0].x.is_cuda and len(sets[0].x) <= GRAPH_TOKENS:
         able = {name: method for name, method in found.items() if name not in SYNCHRONISE}
         for timed, pass_ in (("forward", forward), ("forward and backward", both)):
-            graphs = [in_graphs({name: partial(pass_, m, layer) for name, m in able.items()}) for layer in sets]
+            graphs = [in_graphs({name: partial(pass_, m, own[name]) for name, m in able.items()}) for own in kept]
             yield f"{timed}, CUDA graph", rotating(graphs)
 
 

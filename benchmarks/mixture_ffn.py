@@ -16,8 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.blocks import NAMES, OURS, THEIRS, Block, Method, base_alone, contestants, owners, textbook
+from benchmarks.blocks import NAMES, OURS, THEIRS, Apart, Block, Method, base_alone, contestants, owners, textbook
 from benchmarks.harness import interleave, ratios, summary, write
+from benchmarks.problem import side_by_side, split
 from tests.close import assert_close
 
 
@@ -42,7 +43,7 @@ class Shape:
 
 
 class Parameters(nn.Module):
-    """A block's tensors. The leaves are the factors and the chosen experts' scores."""
+    """A block's tensors, as ours keeps them. The leaves are the factors and the chosen experts' scores."""
 
     expert_ids: Tensor
     owners: Tensor
@@ -68,10 +69,31 @@ class Parameters(nn.Module):
     def block(self) -> Block:
         weights = self.chosen.softmax(-1)
         base = dict(self.base.items())
-        return Block(self.rank, base, dict(self.A), dict(self.B), weights, self.expert_ids, self.owners)
+        return Block(base, weights, self.expert_ids, self.rank, dict(self.A), dict(self.B), self.owners)
 
 
-def step(method: Method, parameters: Parameters, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+class ApartParameters(nn.Module):
+    """The same, with parameters for each expert."""
+
+    expert_ids: Tensor
+
+    def __init__(self, of: Parameters):
+        super().__init__()
+        self.base, self.chosen, self.A, self.B = of.base, of.chosen, nn.ModuleDict(), nn.ModuleDict()
+        self.register_buffer("expert_ids", of.expert_ids)
+        for name in NAMES:
+            parts = split(of.A[name], of.B[name], of.rank)
+            self.A[name], self.B[name] = (nn.ParameterList(own) for own in parts)
+
+    def block(self) -> Apart:
+        A, B = ({name: [*own] for name, own in factors.items()} for factors in (self.A, self.B))  # type: ignore[misc]
+        return Apart(dict(self.base.items()), self.chosen.softmax(-1), self.expert_ids, A, B)
+
+
+AnyParameters = Parameters | ApartParameters
+
+
+def step(method: Method, parameters: AnyParameters, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
     """Forward and backward, by name."""
     leaves = {"x": x, **{n: p for n, p in parameters.named_parameters() if p.requires_grad}}
     if method is base_alone:
@@ -81,14 +103,16 @@ def step(method: Method, parameters: Parameters, x: Tensor, grad: Tensor) -> dic
     return {"y": y.detach(), **dict(zip([f"d {name}" for name in leaves], grads, strict=True))}
 
 
-def check(found: Mapping[str, Method], parameters: Parameters, x: Tensor, grad: Tensor) -> None:
-    """Refuses to time a block whose result or gradients are wrong."""
+def check(found: Mapping[str, Method], kept: Mapping[str, AnyParameters], x: Tensor, grad: Tensor) -> None:
+    """Refuses to time a block whose result or gradients are wrong. kept: the parameters of each."""
     exact = (x.detach().double().requires_grad_(), grad.double())
-    truth = step(textbook, copy.deepcopy(parameters).double(), *exact)
-    plain = step(textbook, parameters, x, grad)
+    truth = side_by_side(step(textbook, copy.deepcopy(kept["textbook"]).double(), *exact))
+    plain = side_by_side(step(textbook, kept["textbook"], x, grad))
     for name in found.keys() - {"base", "textbook"}:
-        for what, got in step(found[name], parameters, x, grad).items():
-            assert_close(f"{name} {what}", got, truth[what], plain[what])
+        got = side_by_side(step(found[name], kept[name], x, grad))
+        assert got.keys() == truth.keys(), f"{name}: {got.keys() ^ truth.keys()}"
+        for what, value in got.items():
+            assert_close(f"{name} {what}", value, truth[what], plain[what])
 
 
 def main() -> None:
@@ -107,9 +131,10 @@ def main() -> None:
     x, grad = (torch.randn(shape.num_tokens, shape.hidden).to(**like) for _ in range(2))
     x.requires_grad_()
     parameters = Parameters(shape).to(**like)
-    found = contestants(parameters.block(), x)
-    check(found, parameters, x, grad)
-    steps = {name: partial(step, method, parameters, x, grad) for name, method in found.items()}
+    found, apart = contestants(parameters.block(), x), ApartParameters(parameters)
+    kept = {name: apart if name in THEIRS else parameters for name in found}
+    check(found, kept, x, grad)
+    steps = {name: partial(step, method, kept[name], x, grad) for name, method in found.items()}
     warmup = 10 if arguments.device == "cuda" else 1
     times = interleave(steps, arguments.rounds, warmup, arguments.device, arguments.seconds)
     row = {

@@ -7,13 +7,16 @@ The gradient of x is asked of both, as in the middle of a model; the base's weig
 
 import argparse
 import copy
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import molex
 from benchmarks.harness import interleave, ratios, summary, write
 from molex.layer import MixtureLinear
+from molex.routing import Routing
 from tests.close import assert_close
 
 SHAPE = {"num_tokens": 2048, "num_in": 1024, "num_out": 1024, "num_experts": 8, "rank": 16, "top_k": 2}
@@ -32,25 +35,41 @@ def build(dtype: torch.dtype) -> tuple[nn.Linear, MixtureLinear]:
     return base, layer
 
 
-def step(module: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
-    """Forward and backward; returns the output."""
-    leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
+def step(module: nn.Module, x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+    """Forward and backward, by name."""
+    leaves = {"x": x, **{name: p for name, p in module.named_parameters() if p.requires_grad}}
     y = module(x)
-    torch.autograd.grad(y, leaves, grad)
-    return y.detach()
+    grads = torch.autograd.grad(y, [*leaves.values()], grad)
+    return {"y": y.detach(), **dict(zip([f"d {name}" for name in leaves], grads, strict=True))}
+
+
+class Oracle(nn.Module):
+    """The layer by the reference backend, its experts chosen already: p = softmax(W x), w = p / Σ p over the chosen."""
+
+    def __init__(self, layer: MixtureLinear, expert_ids: Tensor):
+        super().__init__()
+        self.base, self.experts, self.router = layer.base, layer.experts, layer.router
+        self.expert_ids = expert_ids
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate: Any = self.router.gate.weight  # type: ignore[union-attr]
+        probs_TE = F.linear(x.to(gate.dtype), gate).softmax(-1)
+        picked_TK = probs_TE.gather(1, self.expert_ids)
+        weights_TK = picked_TK / picked_TK.sum(-1, keepdim=True)
+        routing = Routing(self.expert_ids, weights_TK, None, len(gate), normalised=True).scaled(self.experts.scale)
+        columns = self.experts.columns().to(x.dtype)  # type: ignore[operator]
+        return molex.kernels.backends["reference"]().linear(x, self.base, columns, routing)
 
 
 def check(layer: MixtureLinear, x: Tensor, grad: Tensor) -> None:
-    """Refuses to time a wrong layer: the oracle in float64 and in the layer's dtype, under the layer's own routing."""
-    y = step(layer, x, grad)
-    routing = layer.state.trace[layer.name].routing
-    columns, oracle = layer.experts.columns(), molex.kernels.backends["reference"]()  # type: ignore[operator]
-    results = []
-    for dtype in (torch.float64, x.dtype):
-        base, scaled = copy.deepcopy(layer.base).to(dtype), routing.scaled(layer.experts.scale)
-        scaled = scaled._replace(weights=scaled.weights.to(torch.promote_types(dtype, torch.float32)))
-        results.append(oracle.linear(x.to(dtype), base, columns.to(dtype), scaled).detach())
-    assert_close("y", y, results[0], results[1])
+    """Refuses to time a layer whose result or gradients are wrong: the oracle in float64 and in the layer's dtype, with
+    the experts that the layer chooses."""
+    found = step(layer, x, grad)
+    plain = Oracle(layer, layer.state.trace[layer.name].routing.expert_ids)
+    truth = step(copy.deepcopy(plain).double(), x.detach().double().requires_grad_(), grad.double())
+    in_dtype = step(plain, x, grad)
+    for what, got in found.items():
+        assert_close(what, got, truth[what], in_dtype[what], products=x.dtype)
 
 
 def main() -> None:

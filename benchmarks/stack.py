@@ -10,7 +10,7 @@ loop, meteora, every_expert, scattermoe     the same experts and gates as other 
 
 Training is forward and backward of one sequence, without the optimizer. Decoding is one token without a cache, as a
 whole model's latency grows with its launches: as it is, and on a GPU captured in a CUDA graph, where that is possible.
-Before, every mixture must agree with the reference backend in float64, loss and gradients.
+Before, every mixture must agree with the reference backend in float64: logits, also in evaluation, and each gradient.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import molex
 from benchmarks.harness import in_graphs, interleave, ratios, summary, write
 from benchmarks.linears import Way, replace, ways
+from benchmarks.problem import side_by_side
 from molex.errors import BackendError
 from molex.kernels import backends
 
@@ -111,15 +112,32 @@ def check(models: Mapping[str, nn.Module], arguments: argparse.Namespace) -> Non
     ids = torch.randint(0, 1024, (1, CHECKED_TOKENS), device=arguments.device)
     truth = results(with_experts(build(arguments), arguments, "reference").double(), ids)
     for name in models.keys() - {"base", "lora", "lora, C"}:
-        error = (results(copy.deepcopy(models[name]).float(), ids) - truth).norm() / truth.norm()
-        assert error < TOLERANCE, f"{name}: relative error {error:.2g}"
+        compare(name, results(copy.deepcopy(models[name]).float(), ids), truth)
 
 
-def results(model: nn.Module, ids: Tensor) -> Tensor:
-    """The logits and every trained parameter's gradient, each at unit norm, in one row of float64."""
+def compare(name: str, found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> None:
+    """Raises AssertionError unless each tensor has a small relative error."""
+    assert found.keys() == truth.keys(), f"{name}: {found.keys() ^ truth.keys()}"
+    for what, value in found.items():
+        error = (value - truth[what]).norm() / truth[what].norm()
+        assert error < TOLERANCE, f"{name}, {what}: relative error {error:.2g}"
+
+
+def results(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """By name, in float64: the logits in training and in evaluation, and every gradient."""
     output = model(input_ids=ids, labels=ids, use_cache=False)
-    grads = torch.autograd.grad(output.loss, [p for p in model.parameters() if p.requires_grad])
-    return torch.cat([part.detach().double().flatten() for part in (output.logits, *(g / g.norm() for g in grads))])
+    found = {"logits": output.logits.detach().double(), **gradients(model, output.loss)}
+    with torch.no_grad():
+        found["logits in evaluation"] = model.eval()(input_ids=ids, use_cache=False).logits.double()
+    return found
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """In float64, by the parameter's name, which is the same in every kind of model."""
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    grads = torch.autograd.grad(loss, [*named.values()])
+    short = (name.replace("experts.", "").replace("router.gate.weight", "gate") for name in named)
+    return side_by_side({name: grad.double() for name, grad in zip(short, grads, strict=True)})
 
 
 def train_step(model: nn.Module, ids: Tensor) -> None:

@@ -3,17 +3,33 @@
 import argparse
 import importlib
 import json
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import ceilings, contestants, gpu, harness, layer, linears, mixture_ffn, problem, stack, training_step
+from benchmarks import (
+    ceilings,
+    contestants,
+    expert_loop,
+    gpu,
+    harness,
+    layer,
+    linears,
+    mixture_ffn,
+    mixture_linear,
+    problem,
+    stack,
+    training_step,
+)
 from molex.kernels.dense import Dense
 from molex.losses import LoadBalance
+from molex.routers.base import Gate
 
 
 def rows(monkeypatch: pytest.MonkeyPatch, folder: Path, main: Callable[[], None], flags: str) -> list[dict[str, Any]]:
@@ -51,7 +67,27 @@ def test_every_code_computes_the_equation(name: str) -> None:
             own = slice(3 * e, 3 * e + 3)
             y_O = y_O + drawn.weights[t, k] * (drawn.B[:, own] @ (drawn.A[own] @ x_D))
         expected.append(y_O)
-    torch.testing.assert_close(contestants.CODES[name](drawn), torch.stack(expected))
+    kept = contestants.as_kept(name, drawn)
+    torch.testing.assert_close(contestants.CODES[name](kept), torch.stack(expected))
+
+
+def numbers_of(leaves: Sequence[torch.Tensor]) -> list[int]:
+    return [leaf.numel() for leaf in leaves]
+
+
+def test_parameters_lie_as_the_codes_have_them() -> None:
+    """What a code does not do, autograd must not do for it: fill up gradients of slices, or lay factors out anew."""
+    drawn = problem.Layer.draw((5, 8, 12), (4, 3, 2), "cpu", torch.float32)
+    for name in ("loop", "every_expert", "xlora"):
+        leaves = contestants.as_kept(name, drawn).factors()
+        assert numbers_of(leaves) == [3 * 8] * 4 + [12 * 3] * 4
+        assert all(leaf.is_leaf and leaf.is_contiguous() for leaf in leaves)
+    assert contestants.as_kept("meteora_loop", drawn) is drawn
+    A, B = contestants.as_kept("meteora", drawn).factors()
+    assert (A.shape, A.data_ptr(), B.shape, B.is_contiguous()) == ((4, 8, 3), drawn.A.data_ptr(), (4, 3, 12), True)
+    lora = contestants.as_kept("lora", drawn).factors()
+    assert numbers_of(lora) == [6 * 8, 12 * 6]
+    assert all(leaf.is_leaf for leaf in lora)
 
 
 def test_routing_patterns() -> None:
@@ -124,12 +160,102 @@ def test_decoder_layers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 
 def test_a_wrong_decoder_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    flags = "--hidden 16 --inner 24 --layers 1 --tokens 8 --experts 4 --rank 2 --rounds 2 --threads 1"
-    wrong = linears.Way(lambda drawn: 1.01 * contestants.loop(drawn), contestants.loop)
-    monkeypatch.setattr(stack, "ways", lambda device, dtype: {"wrong": wrong})
-    with pytest.raises(AssertionError, match="wrong: relative error"):
-        rows(monkeypatch, tmp_path, stack.main, flags)
+    wrong, right = (lambda drawn: 1.01 * contestants.loop(drawn)), contestants.loop
+    for way, what in ((linears.Way(wrong, right), "logits"), (linears.Way(right, wrong), "logits in evaluation")):
+        with pytest.raises(AssertionError, match=f"wrong, {what}: relative error"):
+            time_stack_with(way, monkeypatch, tmp_path)
+        assert not list(tmp_path.iterdir())
+
+
+def time_stack_with(way: linears.Way, monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[dict[str, Any]]:
+    flags = "--hidden 16 --inner 24 --layers 1 --tokens 8 --experts 8 --rank 8 --rounds 2 --threads 1"
+    monkeypatch.setattr(stack, "ways", lambda device, dtype: {"wrong": way})
+    return rows(monkeypatch, folder, stack.main, flags)
+
+
+def five_percent_more(A: torch.Tensor) -> torch.Tensor:
+    """A, whose gradient is then 1.05 times the right one."""
+    return A + 0.05 * (A - A.detach())
+
+
+def without_a_row(A: torch.Tensor) -> torch.Tensor:
+    """A, the gradient of whose first row, of 64, is then zero."""
+    return torch.cat([A[:1].detach(), A[1:]])
+
+
+@pytest.mark.parametrize("spoilt", [five_percent_more, without_a_row])
+def test_one_wrong_gradient_is_enough(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoilt: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Only in the layer's widest linear, of one of seven A."""
+
+    def wrong(drawn: problem.Layer) -> torch.Tensor:
+        return contestants.loop(replace(drawn, A=spoilt(drawn.A)) if drawn.x.shape[1] == 24 else drawn)
+
+    with pytest.raises(AssertionError, match=r"wrong, model\.layers\.0\.mlp\.down_proj\.lora_A: relative error"):
+        time_stack_with(linears.Way(wrong, contestants.loop), monkeypatch, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_layout_for_inference_is_made_once() -> None:
+    sizes = {"hidden": 16, "inner": 24, "layers": 1, "experts": 4, "rank": 2, "top_k": 2}
+    flags, seen = argparse.Namespace(**sizes, device="cpu", dtype="bfloat16"), []
+    way = linears.ways("cpu", torch.bfloat16)["meteora"]._replace(inference=lambda drawn: seen.append(drawn) or drawn.x)
+    linear = stack.with_way(stack.build(flags), flags, way).get_submodule("model.layers.0.self_attn.q_proj").eval()
+    for _ in range(2):
+        linear(torch.ones(1, 3, 16, dtype=torch.bfloat16))
+    assert seen[0].A is seen[1].A
+    assert seen[0].B.dtype == torch.bfloat16
+    torch.testing.assert_close(seen[0].B.permute(2, 0, 1).flatten(1), linear.lora_B.bfloat16())
+    with torch.no_grad():
+        linear.train().lora_A.zero_()
+    linear.eval()(torch.ones(1, 3, 16, dtype=torch.bfloat16))
+    assert not seen[2].A.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*expert_loop.METHODS])
+def test_wrong_experts_are_not_timed(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
+    drawn = expert_loop.Inputs.draw(expert_loop.Shape(48, 24, 32, 4, 4, 2), dtype, torch.float32)
+    expert_loop.check(drawn)
+    right = expert_loop.METHODS[name]
+    monkeypatch.setitem(expert_loop.METHODS, name, lambda i: 1.02 * right(i) if i.x.dtype == dtype else right(i))
+    with pytest.raises(AssertionError, match="relative RMS error"):
+        expert_loop.check(drawn)
+
+
+def test_a_wrong_mixture_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose gate receives 1% more than its gradient."""
+    for name, size in {"num_tokens": 48, "num_in": 24, "num_out": 32, "num_experts": 4, "rank": 4}.items():
+        monkeypatch.setitem(mixture_linear.SHAPE, name, size)
+    _, mixture = mixture_linear.build(torch.float32)
+    x, grad = torch.randn(48, 24, requires_grad=True), torch.randn(48, 32)
+    mixture_linear.check(mixture, x, grad)
+    right = Gate.forward
+
+    def wrong(gate: Gate, x: torch.Tensor) -> torch.Tensor:
+        logits_TE = right(gate, x)
+        return logits_TE + 0.01 * (right(gate, x.detach()) - logits_TE.detach())
+
+    monkeypatch.setattr(Gate, "forward", wrong)
+    with pytest.raises(AssertionError, match=r"d router\.gate\.weight: relative RMS error 0\.01"):
+        mixture_linear.check(mixture, x.detach().requires_grad_(), grad)
+
+
+def test_a_row_says_that_its_commit_was_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By what is measured, not by rows."""
+    files = [tmp_path / name for name in ("benchmarks/results/layer.jsonl", "benchmarks/layer.py", "molex/a/b.py")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+    author = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "All"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "benchmarks" / "harness.py"))
+    for file, changed in zip(files, (False, True, True), strict=True):
+        file.write_text("changed")
+        assert harness.machine()["commit"].endswith("+changes") == changed, file
+        file.write_text("")
 
 
 def test_a_feed_forward_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

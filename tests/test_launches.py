@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import harness, launches
 
@@ -42,3 +43,40 @@ def test_calls_are_counted() -> None:
     assert calls.kernels == work
     assert calls.operators == {**work, "empty": 1, "view": 1, "slice": calls.operators["slice"], "lift_fresh": 2}
     assert calls.waits == {"_local_scalar_dense": 1, "nonzero": 1, "lift_fresh": 1}
+
+
+@torch.library.custom_op("molex::counted_in_tests", mutates_args=())
+def whole(x: Tensor) -> Tensor:
+    return (x.to(x.dtype) + 1).to(torch.float64).where(x > 0, 0.0)
+
+
+@torch.no_grad()
+def test_inside_of_a_custom_operator() -> None:
+    """`whole` is no kernel, what it launches is; and a cast to the same dtype launches nothing."""
+    x = torch.tensor([1.0, -1.0])
+    with launches.Calls() as calls:
+        y = whole(x)
+    work = {"add": 1, "_to_copy": 1, "gt": 1, "scalar_tensor": 1, "where": 1}
+    assert y.tolist() == [2.0, 0.0]
+    assert calls.kernels == work
+    assert calls.operators == {**work, "counted_in_tests": 1}
+
+
+@torch.no_grad()
+def test_tritons_launches() -> None:
+    """What a launch does on the host is not counted, as Triton's interpreter computes there."""
+    interface = pytest.importorskip("triton.runtime.jit").KernelInterface
+
+    class Kernel(interface):
+        __name__ = "some_kernel"
+
+        def run(self, x: Tensor, grid: tuple[int], warmup: bool) -> None:
+            x.add_(grid[0])
+
+    x = torch.zeros(2)
+    with launches.Calls().with_triton() as calls:
+        Kernel()[(3,)](x.view(2))
+        x.mul_(2)
+    assert x.tolist() == [6.0, 6.0]
+    assert calls.kernels == {"some_kernel": 1, "mul_": 1}
+    assert calls.operators == {"view": 1, "mul_": 1}
