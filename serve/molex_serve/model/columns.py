@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from molex.linears import execution_device, features
 from molex_serve.adapters.base import LowRank
-from molex_serve.errors import LoadBusy
+from molex_serve.errors import BadAdapter, LoadBusy
 from molex_serve.memory.arena import Arena, arena
 from molex_serve.memory.slots import Ranges
 from molex_serve.model.batches import Batches, batches_of
@@ -59,9 +59,15 @@ class Site:
         return self.by_rank[rank]
 
     def write(self, place: Place, A: Tensor, B: Tensor) -> None:
-        """A (R, D), B (O, R) of at most the slot's rank."""
-        for memory, rows in zip(self.factors(place.rank), (A, B.T), strict=True):
-            memory.commit(place.slot, place.slot + 1)
+        """A (R, D), B (O, R) of at most the slot's rank. Where there is no memory for both, there is neither."""
+        factors = self.factors(place.rank)
+        factors.A.commit(place.slot, place.slot + 1)
+        try:
+            factors.B.commit(place.slot, place.slot + 1)
+        except Exception:
+            factors.A.release(place.slot, place.slot + 1)
+            raise
+        for memory, rows in zip(factors, (A, B.T), strict=True):
             memory.tensor[place.slot, : len(rows)] = rows.to(memory.tensor)
 
     def erase(self, place: Place) -> None:
@@ -92,18 +98,25 @@ class ColumnPool:
 
     @torch.no_grad()
     def add(self, handle: int, adapter: LowRank, linears: Mapping[str, nn.Module]) -> None:
-        """Writes an adapter into a slot. Raises LoadBusy where none is free; then nothing has changed."""
+        """Writes an adapter into a slot. Raises BadAdapter where there never is one so wide, LoadBusy where none is
+        free, BackendError where there is no memory; then nothing has changed."""
         rank = max(LEAST_RANK, 1 << (adapter.rank - 1).bit_length())
+        if rank > self.num_columns:
+            raise BadAdapter(f"{adapter.source} takes {rank} columns, there are {self.num_columns}: raise columns")
         free = self._free.setdefault(rank, Ranges(self.num_columns // rank))
         taken = free.take(1) if rank <= self.num_free() else None
         if taken is None:
             raise LoadBusy(f"no {rank} columns are free of {self.num_columns}: unload an adapter, or wait")
         place = self.places[handle] = Place(rank, taken.start)
-        for name, lora in adapter.factors.items():
-            if name not in self.sites:
-                self.sites[name] = Site(linears[name], self.num_columns)
-            self.sites[name].write(place, lora.A, lora.scale * lora.B)
-            self.sites[name].holders.add(handle)
+        try:
+            for name, lora in adapter.factors.items():
+                if name not in self.sites:
+                    self.sites[name] = Site(linears[name], self.num_columns)
+                self.sites[name].write(place, lora.A, lora.scale * lora.B)
+                self.sites[name].holders.add(handle)
+        except Exception:
+            self.remove(handle)
+            raise
 
     def remove(self, handle: int) -> None:
         """Gives an adapter's slot and its memory back."""

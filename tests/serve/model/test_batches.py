@@ -1,13 +1,16 @@
 """Tokens through slots in batched products equal a loop over tokens, whoever has how many, wherever the slots are."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from molex.errors import BackendError
 from molex.experts import LoRA
 from molex_serve.adapters.base import LowRank
-from molex_serve.errors import LoadBusy
+from molex_serve.errors import BadAdapter, LoadBusy
+from molex_serve.memory.mapped import MappedArena
 from molex_serve.model.batches import GAP, MANY, batches_of
 from molex_serve.model.columns import ColumnPool
 from molex_serve.model.step import Span, Step
@@ -82,3 +85,28 @@ def test_a_slot_is_erased_and_given_again() -> None:
     for handle in (2, 4):
         pool.remove(handle)
     assert pool.committed_bytes() == 0
+
+
+def test_without_memory_nothing_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    linears = {name: torch.nn.Linear(6, 5) for name in "qkv"}
+    pool = ColumnPool(24)
+    factors = {name: LoRA(torch.ones(8, 6), torch.ones(5, 8), 1.0) for name in linears}
+    adapter = LowRank(kind="lora", generation="g", num_bytes=1, source="s", factors=factors)
+    commits: list[int] = []
+
+    def commit(self: MappedArena, start: int, stop: int) -> None:
+        commits.append(start)
+        if len(commits) == 4:
+            raise BackendError("no memory")
+        right(self, start, stop)
+
+    right = MappedArena.commit
+    monkeypatch.setattr(MappedArena, "commit", commit)
+    with pytest.raises(BackendError):
+        pool.add(1, adapter, linears)
+    assert pool.committed_bytes() == 0
+    assert not pool.places
+    assert pool.num_free() == 24
+    pool.add(1, adapter, linears)
+    with pytest.raises(BadAdapter, match="takes 32 columns, there are 24"):
+        pool.add(2, replace(adapter, factors={"q": LoRA(torch.ones(17, 6), torch.ones(5, 17), 1.0)}), linears)
