@@ -1,4 +1,4 @@
 """molex_serve: one base model in memory, many adapters of every kind over it, different ones in one batch.
 
-`molex serve --model ... --adapter law=path` starts it; serve/README.md says how to deploy.
+`molex serve --model ... --adapter law=path` starts it.
 """
