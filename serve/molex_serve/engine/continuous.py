@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molex.checks import check_range
 from molex.errors import BackendError, ConfigError
+from molex_serve.engine.attribution import Attribute
 from molex_serve.engine.base import EngineStats
 from molex_serve.engine.common import BeginStep, RosterEngine
 from molex_serve.engine.roster import Live
@@ -23,8 +24,9 @@ _MASKED = ("eager", "sdpa", "paged|eager")  # attentions that get a mask, which 
 
 
 class ContinuousEngine(RosterEngine):
-    """overlap: prepare a step while the device computes the one before; None = on a GPU whose attention has no mask.
-    Raises BackendError where continuous batching cannot run this model or with this transformers."""
+    """attribute: where tokens' experts are found, if they are to come with the events. overlap: prepare a step while
+    the device computes the one before; None = on a GPU whose attention has no mask. Raises BackendError where
+    continuous batching cannot run this model or with this transformers."""
 
     def __init__(
         self,
@@ -32,6 +34,7 @@ class ContinuousEngine(RosterEngine):
         tokenizer: PreTrainedTokenizerBase,
         settings: EngineSettings,
         begin_step: BeginStep,
+        attribute: Attribute | None = None,
         overlap: bool | None = None,
     ):
         require_tested(transformers.__version__)
@@ -45,7 +48,7 @@ class ContinuousEngine(RosterEngine):
             overlap = model.device.type == "cuda" and model.config._attn_implementation not in _MASKED
         self._set_up(model, tokenizer, settings, begin_step)
         try:
-            self.manager = Manager(model, settings, self.roster, begin_step, overlap)
+            self.manager = Manager(model, settings, self.roster, begin_step, attribute, overlap)
         except MemoryError as error:
             raise ConfigError(f"cache_tokens={settings.cache_tokens} do not fit into memory: {error}") from error
         except ValueError as error:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from molex_serve.engine.base import Deliver, Event, FinishReason, Request, TokenLogprob
+from molex_serve.engine.attribution import Dominant
+from molex_serve.engine.base import Deliver, Event, ExpertShare, FinishReason, Request, TokenLogprob
 from molex_serve.engine.grammar import Matcher
 from molex_serve.engine.logprobs import Logprobs
 from molex_serve.errors import BadRequest, Overloaded, Unavailable
@@ -28,19 +29,31 @@ class Live:
     delivered: int = 0
     leaving: bool = False
     logprobs: dict[int, tuple[Logprobs, int]] = field(default_factory=dict)  # of which position, in which row
+    experts: dict[int, tuple[Dominant, int]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: object) -> "Live":
         """Who starts a request anew copies its settings; it stays the same request."""
         return self
 
-    def take_logprobs(self, num_tokens: int) -> tuple[TokenLogprob, ...]:
+    def take_event(self, tokens: Sequence[int], finish_reason: FinishReason | None) -> Event:
         """Of the next tokens to be delivered."""
+        first = len(self.request.prompt_ids) + self.delivered
+        positions = range(first, first + len(tokens))
+        self.delivered += len(tokens)
+        return Event(tuple(tokens), self._take_logprobs(positions), self._take_experts(positions), finish_reason)
+
+    def _take_logprobs(self, positions: range) -> tuple[TokenLogprob, ...]:
         num_top = self.request.sampling.logprobs
         if num_top is None:
             return ()
-        first = len(self.request.prompt_ids) + self.delivered
-        found = [self.logprobs.pop(first + i) for i in range(num_tokens)]
+        found = [self.logprobs.pop(position) for position in positions]
         return tuple(rows.of_row(row, num_top) for rows, row in found)
+
+    def _take_experts(self, positions: range) -> tuple[ExpertShare | None, ...]:
+        found = [self.experts.pop(position, None) for position in positions]
+        if not any(found):
+            return ()
+        return tuple(None if place is None else place[0].of_row(place[1]) for place in found)
 
 
 class Roster:
@@ -101,9 +114,7 @@ class Roster:
         elif live.key in self._live:
             if finish_reason is not None:
                 self._leave(live)
-            logprobs = live.take_logprobs(len(tokens))
-            live.delivered += len(tokens)
-            self._hand(live, Event(tuple(tokens), logprobs, finish_reason=finish_reason))
+            self._hand(live, live.take_event(tokens, finish_reason))
 
     def finish(self, live: Live, finish_reason: FinishReason, error: str | None = None) -> None:
         """The last event, without tokens, unless it had one."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molex.errors import BackendError
+from molex_serve.engine.attribution import Attribute, attributed
 from molex_serve.engine.base import EngineStats, FinishReason
 from molex_serve.engine.common import BeginStep, RosterEngine, keeps_logits
 from molex_serve.engine.logprobs import Logprobs
@@ -53,7 +54,9 @@ class StaticEngine(RosterEngine):
         tokenizer: PreTrainedTokenizerBase,
         settings: EngineSettings,
         begin_step: BeginStep,
+        attribute: Attribute | None = None,
     ):
+        self.attribute = attribute
         self._set_up(model.eval(), tokenizer, settings, begin_step)
         self._bound(settings.cache_tokens)
         self._arrivals: SimpleQueue[_Sequence] = SimpleQueue()
@@ -143,7 +146,8 @@ class StaticEngine(RosterEngine):
         """(1, V) the logits after a sequence's tokens, of which it feeds those that the cache lacks."""
         request, tokens = sequence.live.request, sequence.tokens[sequence.num_fed :]
         ids_1T = torch.tensor([tokens], device=self.model.device)
-        self.begin_step(Step.of((Span(request.handle, 0, len(tokens), request.task),), self.model.device))
+        step = Step.of((Span(request.handle, 0, len(tokens), request.task),), self.model.device)
+        self.begin_step(step)
         try:
             outputs = self.model(input_ids=ids_1T, use_cache=True, **sequence.cache, **self._last_logits)
         finally:
@@ -152,6 +156,9 @@ class StaticEngine(RosterEngine):
         if not sequence.cache:
             raise BackendError("this model returns no cache by a known name, so it can only be called as a whole")
         sequence.num_fed = len(sequence.tokens)
+        if self.attribute is not None:
+            for place in attributed(self.attribute, step, [len(tokens)]).values():
+                sequence.live.experts[sequence.num_fed] = place
         return outputs.logits[:, -1].float()
 
     def _num_running(self) -> int:

@@ -1,4 +1,4 @@
-"""The engine for models that have no pages, and the one for each model."""
+"""The engine for models that have no pages."""
 
 from dataclasses import replace
 
@@ -6,10 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BambaConfig, PreTrainedModel
 
-from molex.errors import BackendError
-from molex_serve.engine import choice
-from molex_serve.engine.choice import engine_for
-from molex_serve.engine.continuous import ContinuousEngine
 from molex_serve.engine.static import StaticEngine
 from tests.models import tiny
 from tests.serve.engine.serving import ROOMY, Adapted, greedy, mixed, running, serve, tokenizer
@@ -53,16 +49,3 @@ def test_tasks_reach_their_tokens() -> None:
     requests = [greedy(str(task), 6, 1, new=5, task=task) for task in (None, 0, 1)]
     with running(StaticEngine(adapted.model, tokenizer(), ROOMY, adapted.begin_step)) as engine:
         assert serve(engine, requests) == [adapted.generate(request) for request in requests]
-
-
-def test_each_model_gets_its_engine() -> None:
-    paged = engine_for(tiny("llama"), tokenizer(), ROOMY, lambda step: None)
-    assert isinstance(paged, ContinuousEngine)
-    assert isinstance(engine_for(tiny("mamba"), tokenizer(), ROOMY, lambda step: None), StaticEngine)
-    assert isinstance(engine_for(hybrid(), tokenizer(), ROOMY, lambda step: None), StaticEngine)
-
-
-def test_an_untested_transformers_is_no_reason_to_be_slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice.transformers, "__version__", "5.99.0")
-    with pytest.raises(BackendError, match=r"this is 5\.99"):
-        engine_for(tiny("llama"), tokenizer(), ROOMY, lambda step: None)

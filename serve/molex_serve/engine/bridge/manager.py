@@ -16,6 +16,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
+from molex_serve.engine.attribution import Attribute
 from molex_serve.engine.bridge.rows import SteppedModel, StepRows, live_of
 from molex_serve.engine.bridge.scheduler import NAME, FairScheduler
 from molex_serve.engine.common import BeginStep
@@ -53,7 +54,13 @@ class Manager(ContinuousBatchingManager):
     """overlap: the next step is prepared while the device computes this one. prefix_hits: tokens not computed again."""
 
     def __init__(
-        self, model: PreTrainedModel, settings: EngineSettings, roster: Roster, begin_step: BeginStep, overlap: bool
+        self,
+        model: PreTrainedModel,
+        settings: EngineSettings,
+        roster: Roster,
+        begin_step: BeginStep,
+        attribute: Attribute | None,
+        overlap: bool,
     ):
         config = ContinuousBatchingConfig(
             page_size=settings.page_tokens,
@@ -70,7 +77,7 @@ class Manager(ContinuousBatchingManager):
         self.settings, self.roster, self.prefix_hits = settings, roster, 0
         self.logit_processor = self.rows = StepRows()
         self.output_router = Outlet(roster)
-        self.stepped = SteppedModel(model, self.rows, begin_step)
+        self.stepped = SteppedModel(model, self.rows, begin_step, attribute)
         self.batch_processor = self._create_batch_processor()  # here, and not on the thread: what cannot run, raises
         self.capacity = infer_max_single_request_tokens(self.batch_processor.cache)
 

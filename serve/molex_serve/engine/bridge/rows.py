@@ -9,6 +9,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
+from molex_serve.engine.attribution import Attribute, attributed
 from molex_serve.engine.common import BeginStep, keeps_logits
 from molex_serve.engine.logprobs import Logprobs
 from molex_serve.engine.roster import Live
@@ -35,15 +36,18 @@ class StepRows(ContinuousBatchingLogitsProcessorList):
         self.num_steps = 0
         self.last = Step((), torch.empty(0, dtype=torch.int64))
         self._spans: tuple[Span, ...] = ()
-        self._lives: list[Live] = []
+        self._lives: list[Live] = []  # those that get a token, whose spans end at _stops
+        self._stops: list[int] = []
         self._rows: list[Row] = []
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_in_batch: list[FutureRequestState], arg_storage: Tensor) -> Tensor:
-        drawing = [request.state for request in requests_in_batch if request.has_new_token]
         self._spans = tuple(_spans(requests_in_batch))
+        pairs = zip(requests_in_batch, self._spans, strict=True)
+        new = [(request.state, span.stop) for request, span in pairs if request.has_new_token]
+        drawing, self._stops = [state for state, _ in new], [stop for _, stop in new]
         self._lives = [live_of(state) for state in drawing]
         self._rows = [_row(state) for state in drawing]
         handles = [span.handle for span in self._spans for _ in range(span.start, span.stop)]
@@ -69,6 +73,13 @@ class StepRows(ContinuousBatchingLogitsProcessorList):
         drawn_RV = draw(new_RV, input_ids[:num_new], logits_processor_args[:NUMBERS, :num_new], self._rows)
         self._note_logprobs(new_RV, drawn_RV)
         return torch.cat([drawn_RV, scores[num_new:]]) if num_new < len(scores) else drawn_RV
+
+    def note_experts(self, attribute: Attribute) -> None:
+        """After the forward."""
+        found = attributed(attribute, self.last, self._stops)
+        for live, row, stop in zip(self._lives, self._rows, self._stops, strict=True):
+            if stop in found:
+                live.experts[row.position] = found[stop]
 
     def _note_logprobs(self, logits_RV: Tensor, drawn_RV: Tensor) -> None:
         asked = {r: row.sampling.logprobs for r, row in enumerate(self._rows) if row.sampling.logprobs is not None}
@@ -102,17 +113,22 @@ class SteppedModel(nn.Module):
 
     model: PreTrainedModel
 
-    def __init__(self, model: PreTrainedModel, rows: StepRows, begin_step: BeginStep):
+    def __init__(
+        self, model: PreTrainedModel, rows: StepRows, begin_step: BeginStep, attribute: Attribute | None = None
+    ):
         super().__init__()
-        self.model, self.rows, self.begin_step = model, rows, begin_step
+        self.model, self.rows, self.begin_step, self.attribute = model, rows, begin_step, attribute
 
     def forward(self, **inputs: Any) -> Any:
         num_tokens = inputs["input_ids"].shape[1]
         self.begin_step(self.rows.step(inputs["logits_processor_args"], num_tokens))
         try:
-            return self.model(**inputs)
+            outputs = self.model(**inputs)
         finally:
             self.begin_step(None)
+        if self.attribute is not None:
+            self.rows.note_experts(self.attribute)
+        return outputs
 
     def _supports_logits_to_keep(self) -> bool:
         return keeps_logits(self.model)
