@@ -21,9 +21,10 @@ class Dominant:
         self._names = attribution.names
         self._share_R, self._expert_R = attribution.shares[tokens_R].max(dim=-1)
 
-    def of_row(self, row: int) -> ExpertShare:
+    def of_row(self, row: int) -> ExpertShare | None:
+        """None where no expert had any."""
         shares, experts = self._read
-        return ExpertShare(self._names[experts[row]], shares[row])
+        return ExpertShare(self._names[experts[row]], shares[row]) if shares[row] > 0 else None
 
     @cached_property
     def _read(self) -> tuple[list[float], list[int]]:
