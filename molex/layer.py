@@ -16,13 +16,13 @@ from molex.experts import ExpertBank, LoRA
 from molex.experts.lora import LoRABank
 from molex.kernels import Form
 from molex.kernels.routed import may_route, routed_linear
-from molex.linears import hooked
+from molex.linears import StandIn, hooked
 from molex.routers import Router
 from molex.routing import RouteContext, Routing, Rule
 from molex.state import MixtureState
 
 
-class MixtureLinear(nn.Module):
+class MixtureLinear(StandIn):
     """What surgery puts in the place of a linear. `router` is None where another object decides for this layer."""
 
     form: Form = "linear"
@@ -34,29 +34,9 @@ class MixtureLinear(nn.Module):
         super().__init__()
         self.name, self.stack, self.state = name, stack, state
         self.base, self.experts, self.router = base, experts, router
+        self.in_features, self.out_features = experts.in_features, experts.out_features
         experts.casts = state.casts
         self.train(base.training)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.base, "bias", None)
-
-    @property
-    def in_features(self) -> int:
-        return self.experts.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.experts.out_features
-
-    @property
-    def nf(self) -> int:
-        """What transformers' Conv1D calls its out-features."""
-        return self.experts.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         if self.state.unseen:

@@ -16,6 +16,27 @@ def features(base: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+class StandIn(nn.Module):
+    """In the place of a base linear: models read these of their linears, whoever computes them."""
+
+    base: nn.Module
+    in_features: int
+    out_features: int
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return getattr(self.base, "bias", None)
+
+    @property
+    def nf(self) -> int:
+        """What transformers' Conv1D calls its out-features."""
+        return self.out_features
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling it is more than its class' forward: hooks, or a forward of its own, as accelerate gives it."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)

@@ -21,8 +21,9 @@ from molex.mixture import Mixture
 Subject = PreTrainedModel | Mixture | str | Path  # a path: a mixture's folder, a checkpoint's, or a checkpoint's hub id
 
 
-def open_model(subject: Subject, device: str | None = None) -> PreTrainedModel:
-    """The model itself, or the one a path names, loaded to `device` (by default a GPU if there is one).
+def open_model(subject: Subject, device: str | None = None, dtype: str = "auto") -> PreTrainedModel:
+    """The model itself, or the one a path names, loaded to `device` (by default a GPU if there is one). dtype: of a
+    checkpoint, by its name in torch, "auto" = as it was saved.
 
     Raises CheckpointError where the path holds no model, ConfigError on anything that is neither.
     """
@@ -38,16 +39,16 @@ def open_model(subject: Subject, device: str | None = None) -> PreTrainedModel:
     elif (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder} is an adapter; molex.from_peft makes a mixture of it and others")
     else:
-        opened = _load_checkpoint(str(model))
+        opened = _load_checkpoint(str(model), dtype)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return cast(Any, opened).to(place)
 
 
-def _load_checkpoint(name: str) -> PreTrainedModel:
+def _load_checkpoint(name: str, dtype: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        return kind.from_pretrained(name, dtype="auto", use_safetensors=True)
+        return kind.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{name} is no model that can be loaded ({reason}); give the folder of one") from error

@@ -1,7 +1,7 @@
 """A server put together: the base with its adapters, the engine, the registry, the HTTP face."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molex.errors import BackendError
 from molex_serve.adapters.blend import blend
 from molex_serve.adapters.generations import Source
-from molex_serve.adapters.paths import inside
-from molex_serve.adapters.registry import Lease, Listed, Registry
+from molex_serve.adapters.registry import Registry
 from molex_serve.adapters.residency import Residency
 from molex_serve.engine.base import Engine
 from molex_serve.engine.continuous import ContinuousEngine
@@ -62,7 +61,7 @@ def assemble(
     registry = Registry(residency, reserved=(settings.model_name,))
     for alias, source in sources(adapters or {}, served).items():
         registry.register(alias, source)
-    app = create_app(running, FromRoot(registry, settings.adapter_root), tokenizer, settings)
+    app = create_app(running, registry, tokenizer, settings)
     return Assembly(served, running, registry, app)
 
 
@@ -70,7 +69,7 @@ def make_engine(
     served: ServedModel, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings, static: bool
 ) -> Engine:
     """Continuous batching where the model can have it."""
-    how = (served.model, tokenizer, settings, served.begin_step)
+    how = (served.model, tokenizer, settings, served.begin_step, served.attribution)
     if not static:
         try:
             return ContinuousEngine(*how)
@@ -101,22 +100,3 @@ def parse_blend(given: str, adapters: Mapping[str, str]) -> dict[Path, float]:
         except ValueError as error:
             raise BadRequest(f"{given!r}: {share!r} is no share of {alias}; give a number") from error
     return shares
-
-
-class FromRoot:
-    """The registry as HTTP reaches it: what is loaded comes from inside of one folder."""
-
-    def __init__(self, registry: Registry, root: str | None):
-        self.registry, self.root = registry, root
-
-    def resolve(self, name: str) -> Lease:
-        return self.registry.resolve(name)
-
-    def listing(self) -> Sequence[Listed]:
-        return self.registry.listing()
-
-    def load(self, alias: str, path: str, expected_generation: str | None, pin: bool) -> Listed:
-        return self.registry.load(alias, inside(self.root, path), expected_generation, pin)
-
-    def unload(self, alias: str, expected_generation: str | None) -> None:
-        self.registry.unload(alias, expected_generation)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molex.checks import check_choice
 from molex.errors import CheckpointError, ConfigError
+from molex.evaluation.opening import open_model, open_tokenizer
 from molex_serve.assembly import assemble
 from molex_serve.demo import demo_adapters, demo_model
 from molex_serve.http.server import Server
@@ -86,11 +86,9 @@ def named(adapters: Sequence[str]) -> dict[str, str]:
 
 
 def load(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base and its tokenizer, on the GPU where there is one. Raises CheckpointError where they cannot be had."""
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=kind, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
-    return model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu")), tokenizer  # type: ignore[arg-type]
+    """A base and its tokenizer, on the GPU where there is one. Raises CheckpointError where they cannot be had, and
+    on an encoder-decoder, which no engine here serves."""
+    model = open_model(name, dtype=dtype)
+    if model.config.is_encoder_decoder:
+        raise CheckpointError(f"{name} is an encoder-decoder, and only decoders are served")
+    return model, open_tokenizer(None, model, name)

@@ -58,18 +58,32 @@ def fill(model: nn.Module, part: str, seed: str) -> None:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def alone(name: str, folder: Path, architecture: str, ids: Tensor) -> Tensor:
-    """Logits (S, V) of one text (S,) by the adapter's own library, merged where it can be."""
+def save_everyone(folder: Path) -> Path:
+    """Of a tiny Llama, every LoRA, a blend and every mixture."""
+    for name in LORAS:
+        save_lora(name, tiny("llama"), folder)
+    save_blend(folder)
+    for name in MIXTURES:
+        save_mixture(name, tiny("llama"), folder)
+    return folder
+
+
+def own_model(name: str, folder: Path, architecture: str = "llama") -> PreTrainedModel:
+    """The adapter alone on its base, by its own library, merged where it can be."""
     base = tiny(architecture)
     if name in LORAS:
-        base = peft.PeftModel.from_pretrained(base, str(folder / name)).merge_and_unload()  # type: ignore[assignment]
-    elif name == "blend":
+        return peft.PeftModel.from_pretrained(base, str(folder / name)).merge_and_unload()  # type: ignore[return-value]
+    if name == "blend":
         add_blend(base, folder, architecture)
     elif name != "base":
-        mixture = molex.load(base, folder / name)
-        mixture.set_tasks([TASKS[name]] if name in TASKS else None)
+        molex.load(base, folder / name).set_tasks([TASKS[name]] if name in TASKS else None)
+    return base.eval()
+
+
+def alone(name: str, folder: Path, architecture: str, ids: Tensor) -> Tensor:
+    """Logits (S, V) of one text (S,)."""
     with torch.no_grad():
-        return base.eval()(ids[None]).logits[0]
+        return own_model(name, folder, architecture).eval()(ids[None]).logits[0]
 
 
 def add_blend(base: PreTrainedModel, folder: Path, architecture: str) -> None:

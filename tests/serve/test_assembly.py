@@ -69,6 +69,10 @@ def test_every_kind_over_http(static: bool, tmp_path: Path) -> None:
             found = {name: ask(name) for name in ("base", *folders)}
             with pytest.raises(NotFoundError, match="nobody"):
                 ask("nobody")
+            asked = {"model": "routed", "prompt": PROMPT, "max_tokens": NEW, "temperature": 0, "return_experts": True}
+            experts = httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()["choices"][0]["experts"]
+            assert {expert["name"] for expert in experts} <= {"0", "1", "2"}
+            assert all(1 / 3 <= expert["share"] <= 1 for expert in experts)
             body = {"alias": "again", "path": "law"}
             assert httpx.post(f"{url}/v1/adapters", json=body, timeout=60).status_code < 300
             assert ask("again") == found["law"]

@@ -3,18 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-import peft
 import pytest
 import torch
-from transformers import PreTrainedModel
 
-import molex
 from molex_serve.engine.base import Request, Sampling
 from molex_serve.engine.continuous import ContinuousEngine
 from molex_serve.model.served import ServedModel
 from molex_serve.settings import EngineSettings
 from tests.models import tiny
-from tests.serve.adapters_of import LORAS, MIXTURES, TASKS, add_blend, save_blend, save_lora, save_mixture
+from tests.serve.adapters_of import LORAS, MIXTURES, TASKS, own_model, save_everyone
 from tests.serve.engine.serving import CHUNKED, CRAMPED, ROOMY, prompt, running, serve, tokenizer
 
 EVERYONE = ("base", *LORAS, "blend", *MIXTURES)
@@ -24,24 +21,7 @@ NEW = 8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    for name in LORAS:
-        save_lora(name, tiny("llama"), folder)
-    save_blend(folder)
-    for name in MIXTURES:
-        save_mixture(name, tiny("llama"), folder)
-    return folder
-
-
-def own_model(name: str, folder: Path) -> PreTrainedModel:
-    base = tiny("llama")
-    if name in LORAS:
-        return peft.PeftModel.from_pretrained(base, str(folder / name)).merge_and_unload()  # type: ignore[return-value]
-    if name == "blend":
-        add_blend(base, folder, "llama")
-    elif name != "base":
-        molex.load(base, folder / name).set_tasks([TASKS[name]] if name in TASKS else None)
-    return base.eval()
+    return save_everyone(tmp_path_factory.mktemp("adapters"))
 
 
 def requests(handles: dict[str, int], names: list[str]) -> list[Request]:

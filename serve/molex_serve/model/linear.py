@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from molex.linears import features
+from molex.linears import StandIn, features
 
 Block = Callable[[Tensor], Tensor]
 
@@ -38,29 +38,16 @@ class Current:
             self.adds = before
 
 
-class ServedLinear(nn.Module):
+class ServedLinear(StandIn):
     """Stands in the place of a base linear, which stays the very object it was."""
 
     def __init__(self, name: str, base: nn.Module, current: Current):
         super().__init__()
         self.name, self.base, self.current = name, base, current
+        sizes = features(base)
+        assert sizes is not None
+        self.in_features, self.out_features = sizes
         self.train(base.training)
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.base, "bias", None)
-
-    @property
-    def in_features(self) -> int:
-        return features(self.base)[0]  # type: ignore[index]
-
-    @property
-    def out_features(self) -> int:
-        return features(self.base)[1]  # type: ignore[index]
 
     def forward(self, x: Tensor) -> Tensor:
         y, adds = self.base(x), self.current.adds

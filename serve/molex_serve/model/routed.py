@@ -8,7 +8,6 @@ feed-forward block with experts runs whole on its own rows, since the model's ac
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from molex.checks import listed
@@ -16,13 +15,13 @@ from molex.experts.dora import DoRABank
 from molex.experts.lora import LoRABank
 from molex.ffn import NarrowLinear
 from molex.layer import MixtureLinear
-from molex.linears import features
+from molex.linears import StandIn, features
 from molex.mixture import Mixture
 from molex.routing import RouteContext
 from molex_serve.errors import BadAdapter, BadRequest
 
 
-class Given(nn.Module):
+class Given(StandIn):
     """In the place of a base whose output is there already; some experts read the weight too."""
 
     output: Tensor
@@ -32,12 +31,8 @@ class Given(nn.Module):
         self._base = (base,)  # in a tuple: not a submodule of this one
 
     @property
-    def weight(self) -> Tensor:
-        return self._base[0].weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return getattr(self._base[0], "bias", None)
+    def base(self) -> nn.Module:
+        return self._base[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output
@@ -130,12 +125,3 @@ def _num_tasks(mixture: Mixture) -> int | None:
     """How many tasks its routers tell apart; None where they do not ask."""
     found = [getattr(layer.router, "num_tasks", None) for layer in mixture.layers.values()]
     return max((number for number in found if number is not None), default=None)
-
-
-@torch.no_grad()
-def to_device(mixture: Mixture, device: torch.device) -> None:
-    """Banks and routers, without the base, which is there."""
-    for layer in mixture.layers.values():
-        layer.experts.to(device)
-        if layer.router is not None:
-            layer.router.to(device)

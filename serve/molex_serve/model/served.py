@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from molex.errors import StateError, TargetError
-from molex.esft.layers import find_layers
 from molex_serve.adapters.base import ExpertSwap, HostAdapter, LowRank, Routed
 from molex_serve.adapters.loading import read
 from molex_serve.errors import BadAdapter, LoadBusy
@@ -110,10 +109,9 @@ class ServedModel:
         if self.limits.expert_slots == 0:
             return None
         try:
-            find_layers(self.model)
+            return ExpertPool(self.model, self.limits.expert_slots, self.limits.resident)
         except TargetError:
             return None
-        return ExpertPool(self.model, self.limits.expert_slots, self.limits.resident)
 
     def _serve(self, linears: Iterable[str], blocks: Iterable[str] = ()) -> None:
         """Has these linears and feed-forward blocks look at what a step adds."""

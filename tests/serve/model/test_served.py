@@ -11,7 +11,7 @@ from molex_serve.model import batches
 from molex_serve.model.served import ServedModel
 from molex_serve.model.step import BASE, Span, Step
 from tests.models import VOCABULARY, tiny
-from tests.serve.adapters_of import LORAS, MIXTURES, TASKS, alone, save_blend, save_lora, save_mixture
+from tests.serve.adapters_of import LORAS, MIXTURES, TASKS, alone, save_everyone, save_lora, save_mixture
 
 LENGTH = 6
 EVERYONE = ("base", *LORAS, "blend", *MIXTURES)
@@ -19,13 +19,7 @@ EVERYONE = ("base", *LORAS, "blend", *MIXTURES)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    for name in LORAS:
-        save_lora(name, tiny("llama"), folder)
-    save_blend(folder)
-    for name in MIXTURES:
-        save_mixture(name, tiny("llama"), folder)
-    return folder
+    return save_everyone(tmp_path_factory.mktemp("adapters"))
 
 
 def texts(count: int) -> Tensor:
