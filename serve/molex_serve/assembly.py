@@ -9,17 +9,17 @@ from pathlib import Path
 from fastapi import FastAPI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from molex.errors import BackendError
 from molex_serve.adapters.blend import blend
 from molex_serve.adapters.generations import Source
 from molex_serve.adapters.registry import Registry
 from molex_serve.adapters.residency import Residency
 from molex_serve.engine.base import Engine
-from molex_serve.engine.continuous import ContinuousEngine
+from molex_serve.engine.continuous import ContinuousEngine, NotPaged
 from molex_serve.engine.static import StaticEngine
 from molex_serve.errors import BadRequest
 from molex_serve.http.app import create_app
 from molex_serve.model.served import ServedModel
+from molex_serve.pools import Pools
 from molex_serve.settings import AdapterLimits, EngineSettings, ServerSettings
 
 logger = logging.getLogger("molex")
@@ -61,21 +61,20 @@ def assemble(
     registry = Registry(residency, reserved=(settings.model_name,))
     for alias, source in sources(adapters or {}, served).items():
         registry.register(alias, source)
-    app = create_app(running, registry, tokenizer, settings)
+    app = create_app(running, registry, tokenizer, settings, [Pools(residency.counts, served)])
     return Assembly(served, running, registry, app)
 
 
 def make_engine(
     served: ServedModel, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings, static: bool
 ) -> Engine:
-    """Continuous batching where the model can have it."""
-    how = (served.model, tokenizer, settings, served.begin_step, served.attribution)
+    """Continuous batching where the model can have it. Raises BackendError where transformers cannot do it."""
     if not static:
         try:
-            return ContinuousEngine(*how)
-        except BackendError as error:
+            return ContinuousEngine(served, tokenizer, settings)
+        except NotPaged as error:
             logger.warning("served one request at a time: %s", error)
-    return StaticEngine(*how)
+    return StaticEngine(served, tokenizer, settings)
 
 
 def sources(adapters: Mapping[str, str], served: ServedModel) -> dict[str, Source]:

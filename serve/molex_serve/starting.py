@@ -1,6 +1,6 @@
 """What `molex serve` does: read its arguments, load the base, serve until it is told to stop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molex.checks import check_choice
 from molex.errors import CheckpointError, ConfigError
 from molex.evaluation.opening import open_model, open_tokenizer
-from molex_serve.assembly import assemble
+from molex_serve.assembly import Assembly, assemble
 from molex_serve.demo import demo_adapters, demo_model
 from molex_serve.http.server import Server
 from molex_serve.settings import AdapterLimits, EngineSettings, ServerSettings
@@ -40,15 +40,26 @@ class Start:
 
 def start(given: Start, say: Say) -> None:
     """Returns when the server has stopped."""
-    check_choice("dtype", given.dtype, DTYPES)
+    adapters, settings = adapters_of(given, say), server_settings(given)
+    assembly = prepare(given, adapters)
+    known = f"{given.name} and {len(adapters)} adapters" if adapters else given.name
+    try:
+        Server(assembly.app, settings, listening=lambda address: say(f"serving {known} on {address}")).run()
+    finally:
+        assembly.close()
+
+
+def adapters_of(given: Start, say: Say) -> dict[str, str]:
+    """A source for each alias. The demonstration's are made, where they are not there yet."""
     adapters = named(given.adapters)
     if given.demo is None:
-        model, tokenizer = load(given.model, given.dtype)
-    else:
-        given.demo.mkdir(parents=True, exist_ok=True)
-        adapters = demo_adapters(given.demo, say) | adapters
-        model, tokenizer = demo_model()
-    settings = ServerSettings(
+        return adapters
+    given.demo.mkdir(parents=True, exist_ok=True)
+    return demo_adapters(given.demo, say) | adapters
+
+
+def server_settings(given: Start) -> ServerSettings:
+    return ServerSettings(
         model_name=given.name,
         host=given.host,
         port=given.port,
@@ -56,20 +67,21 @@ def start(given: Start, say: Say) -> None:
         admin_key=given.admin_key,
         adapter_root=given.adapter_root,
     )
-    assembly = assemble(
+
+
+def prepare(given: Start, adapters: Mapping[str, str]) -> Assembly:
+    """A whole server but for its sockets."""
+    check_choice("dtype", given.dtype, DTYPES)
+    model, tokenizer = load(given.model, given.dtype) if given.demo is None else demo_model()
+    return assemble(
         model,
         tokenizer,
         adapters,
-        server=settings,
+        server=server_settings(given),
         engine=EngineSettings(cache_tokens=given.cache_tokens),
         limits=AdapterLimits(resident=given.resident),
         static=given.static,
     )
-    say(f"serving {given.name} and {len(adapters)} adapters on http://{given.host}:{given.port}")
-    try:
-        Server(assembly.app, settings).run()
-    finally:
-        assembly.close()
 
 
 def named(adapters: Sequence[str]) -> dict[str, str]:

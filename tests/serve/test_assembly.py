@@ -1,8 +1,6 @@
 """A whole server as `molex serve` makes it, asked by the openai client."""
 
 import copy
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -10,17 +8,19 @@ import httpx
 import peft
 import pytest
 import torch
+import transformers
 from openai import NotFoundError, OpenAI
 
 import molex
-from molex.errors import ConfigError
+from molex.errors import BackendError, ConfigError
 from molex.workbench import load_base, load_tokenizer
 from molex_serve.assembly import assemble, parse_blend
+from molex_serve.engine.static import StaticEngine
 from molex_serve.errors import BadRequest
 from molex_serve.http.server import Server
 from molex_serve.settings import EngineSettings, ServerSettings
 from molex_serve.starting import named
-from tests.models import wake_experts
+from tests.models import tiny, wake_experts
 from tests.serve.adapters_of import fill
 from tests.serve.http.conftest import wait_for
 
@@ -76,10 +76,19 @@ def test_every_kind_over_http(static: bool, tmp_path: Path) -> None:
             body = {"alias": "again", "path": "law"}
             assert httpx.post(f"{url}/v1/adapters", json=body, timeout=60).status_code < 300
             assert ask("again") == found["law"]
+            metrics = httpx.get(f"{url}/metrics", timeout=60).text.splitlines()
     finally:
         server.should_exit = True
         thread.join(20)
     assert not thread.is_alive()
+    for line in (
+        "molex_adapter_loads_total 4.0",
+        'molex_adapter_hits_total{residency="device"} 3.0',
+        "molex_adapters_resident 4.0",
+        "molex_adapter_columns_total 4096.0",
+        'molex_queue_seconds_count{adapter="law"} 1.0',
+    ):
+        assert line in metrics, line
     merged = {n: peft.PeftModel.from_pretrained(load_base(), folders[n]).merge_and_unload() for n in ("law", "code")}
     assert found["base"] == text_of(load_base())
     assert {name: found[name] for name in merged} == {name: text_of(model) for name, model in merged.items()}
@@ -92,6 +101,18 @@ def test_every_kind_over_http(static: bool, tmp_path: Path) -> None:
     assert found["both"] == text_of(both)
     assert len(set(found.values())) > 2, "the adapters do nothing"
     assembly.close()
+
+
+def test_an_untested_transformers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no silent step down to the engine that serves one request at a time."""
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    with pytest.raises(BackendError, match=r"tested with transformers .* and this is 5\.99\.0"):
+        assemble(load_base(), load_tokenizer())
+    assert isinstance(assemble(load_base(), load_tokenizer(), static=True).engine, StaticEngine)
+
+
+def test_what_has_no_pages_is_served_all_the_same() -> None:
+    assert isinstance(assemble(tiny("mamba"), load_tokenizer()).engine, StaticEngine)
 
 
 def test_blends_by_alias() -> None:
@@ -107,12 +128,3 @@ def test_blends_by_alias() -> None:
 def test_adapters_are_named_once(given: list[str]) -> None:
     with pytest.raises(ConfigError, match="--adapter"):
         named(given)
-
-
-def test_the_command_says_what_it_needs() -> None:
-    for arguments in ([], ["--model", "x", "--demo"]):
-        run = subprocess.run(
-            [sys.executable, "-m", "molex", "serve", *arguments], capture_output=True, text=True, timeout=120
-        )
-        assert run.returncode == 1
-        assert "give a base with --model, or --demo" in run.stderr

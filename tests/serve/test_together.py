@@ -8,11 +8,13 @@ import torch
 
 from molex_serve.engine.base import Request, Sampling
 from molex_serve.engine.continuous import ContinuousEngine
+from molex_serve.engine.static import StaticEngine
+from molex_serve.errors import BadRequest
 from molex_serve.model.served import ServedModel
 from molex_serve.settings import EngineSettings
 from tests.models import tiny
 from tests.serve.adapters_of import LORAS, MIXTURES, TASKS, own_model, save_everyone
-from tests.serve.engine.serving import CHUNKED, CRAMPED, ROOMY, prompt, running, serve, tokenizer
+from tests.serve.engine.serving import CHUNKED, CRAMPED, ROOMY, prompt, running, serve, submit, tokenizer
 
 EVERYONE = ("base", *LORAS, "blend", *MIXTURES)
 SETTINGS = {"roomy": ROOMY, "chunked": CHUNKED, "cramped": CRAMPED, "no prefixes": replace(CRAMPED, prefix_cache=False)}
@@ -60,9 +62,25 @@ def test_everyone_at_once(settings: EngineSettings, folder: Path, expected: dict
     served = ServedModel(tiny("llama"))
     handles = {name: served.attach(served.read(str(folder / name))) for name in EVERYONE if name != "base"}
     asked = requests(handles, list(EVERYONE))
-    engine = ContinuousEngine(served.model, tokenizer(), settings, served.begin_step)
+    engine = ContinuousEngine(served, tokenizer(), settings)
     with running(engine):
         found = serve(engine, asked)
     for request, tokens in zip(asked, found, strict=True):
         assert tokens == expected[request.id], request.id
     assert len({tuple(expected[request.id]) for request in asked}) > len(EVERYONE), "the adapters do nothing"
+
+
+@pytest.mark.parametrize("kind", [ContinuousEngine, StaticEngine])
+def test_a_task_that_is_none_ends_no_step(kind: type[ContinuousEngine] | type[StaticEngine], folder: Path) -> None:
+    """It is refused before it gets there; others go on."""
+    served = ServedModel(tiny("llama"))
+    name = next(iter(TASKS))
+    handle = served.attach(served.read(str(folder / name)))
+    good = requests({name: handle}, [name])[0]
+    with running(kind(served, tokenizer(), ROOMY)) as engine:
+        for task in (None, 99):
+            with pytest.raises(BadRequest, match=f"task={task}; this adapter is routed by tasks"):
+                submit(engine, [replace(good, id=f"task {task}", task=task)])
+            with pytest.raises(BadRequest, match="routed by tasks"):
+                engine.score(good.prompt_ids, handle, task, 0)
+        assert len(serve(engine, [good])[0]) == NEW

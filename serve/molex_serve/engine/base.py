@@ -53,7 +53,8 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """handle, generation: whose adapter serves it, 0 and "" = the base. task: for mixtures that are routed by tasks."""
+    """handle, generation: whose adapter serves it, 0 and "" = the base. task: for mixtures that are routed by tasks.
+    experts: its events say which expert had most weight for each token."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -61,6 +62,7 @@ class Request:
     handle: int = 0
     generation: str = ""
     task: int | None = None
+    experts: bool = False
 
 
 class TokenLogprob(NamedTuple):
@@ -80,7 +82,8 @@ class ExpertShare(NamedTuple):
 
 @dataclass(frozen=True)
 class Event:
-    """New tokens of a request. The last one of every request, and no other, has a finish_reason."""
+    """New tokens of a request. The first one has none, when the request's turn has come; the last one of every request,
+    and no other, has a finish_reason."""
 
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -129,7 +132,7 @@ class Engine(ABC):
 
     @abstractmethod
     def score(self, prompt_ids: Sequence[int], handle: int, task: int | None, num_top: int) -> list[TokenLogprob]:
-        """Log-probabilities of a prompt's own tokens, from the second on."""
+        """Log-probabilities of a prompt's own tokens, from the second on. Raises BadRequest, Unavailable."""
 
     @abstractmethod
     def paused(self) -> AbstractContextManager[None]:

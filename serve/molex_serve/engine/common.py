@@ -4,8 +4,9 @@ import inspect
 import secrets
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,12 +16,27 @@ from molex_serve.engine.base import Deliver, Engine, Request, TokenLogprob
 from molex_serve.engine.grammar import Grammars
 from molex_serve.engine.logprobs import logprobs_of
 from molex_serve.engine.roster import Live, Roster
+from molex_serve.model.routed import Attribution
 from molex_serve.model.step import Span, Step
 from molex_serve.settings import EngineSettings
 
-BeginStep = Callable[[Step | None], None]
-
 _LEAVING_SECONDS = 60.0  # a step may take long; a request leaves between two
+
+
+class AdaptedModel(Protocol):
+    """A model with adapters, as an engine needs it; `ServedModel` is one."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+    def begin_step(self, step: Step | None) -> None:
+        """The next forward has these tokens; None: it is over."""
+
+    def attribution(self, handle: int) -> Attribution | None:
+        """Which experts served an adapter's tokens in the last step; None: nothing chose."""
+
+    def check_task(self, handle: int, task: int | None) -> None:
+        """Raises BadRequest where an adapter is routed by tasks and this is none of them."""
 
 
 def keeps_logits(model: PreTrainedModel) -> bool:
@@ -31,16 +47,10 @@ def keeps_logits(model: PreTrainedModel) -> bool:
 class RosterEngine(Engine):
     """A subclass calls `_set_up` when it knows how many tokens its cache holds, and runs the steps."""
 
-    def _set_up(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: EngineSettings,
-        begin_step: BeginStep,
-    ) -> None:
-        self.model, self.settings, self.begin_step = model, settings, begin_step
-        self.ends = end_tokens(model, tokenizer)
-        self.grammars = Grammars(tokenizer, self.ends, vocabulary_size(model))
+    def _set_up(self, served: AdaptedModel, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings) -> None:
+        self.served, self.model, self.settings = served, served.model, settings
+        self.ends = end_tokens(self.model, tokenizer)
+        self.grammars = Grammars(tokenizer, self.ends, vocabulary_size(self.model))
         self.roster = Roster(settings.queue, self._num_running)
         self._alone = threading.RLock()
 
@@ -50,6 +60,7 @@ class RosterEngine(Engine):
 
     def submit(self, request: Request, deliver: Deliver) -> None:
         self.bounds.check(request)
+        self.served.check_task(request.handle, request.task)
         sampling = request.sampling
         matcher = None if sampling.json_schema is None else self.grammars.matcher(sampling.json_schema)
         # nothing but its end may follow a finished document
@@ -65,13 +76,14 @@ class RosterEngine(Engine):
 
     def score(self, prompt_ids: Sequence[int], handle: int, task: int | None, num_top: int) -> list[TokenLogprob]:
         self.bounds.check_prompt(prompt_ids, 0)
+        self.served.check_task(handle, task)
         with self.paused(), torch.no_grad(), self._plain_attention():
             ids_1T = torch.tensor([list(prompt_ids)], device=self.model.device)
-            self.begin_step(Step.of((Span(handle, 0, len(prompt_ids), task),), self.model.device))
+            self.served.begin_step(Step.of((Span(handle, 0, len(prompt_ids), task),), self.model.device))
             try:
                 logits_TV = self.model(input_ids=ids_1T, use_cache=False).logits[0]
             finally:
-                self.begin_step(None)
+                self.served.begin_step(None)
             return logprobs_of(logits_TV, prompt_ids, num_top)
 
     @contextmanager

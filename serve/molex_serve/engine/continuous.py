@@ -12,9 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molex.checks import check_range
 from molex.errors import BackendError, ConfigError
-from molex_serve.engine.attribution import Attribute
 from molex_serve.engine.base import EngineStats
-from molex_serve.engine.common import BeginStep, RosterEngine
+from molex_serve.engine.common import AdaptedModel, RosterEngine
 from molex_serve.engine.roster import Live
 from molex_serve.engine.upstream import require_tested
 from molex_serve.errors import Unavailable
@@ -23,36 +22,41 @@ from molex_serve.settings import EngineSettings
 _MASKED = ("eager", "sdpa", "paged|eager")  # attentions that get a mask, which the host would have to copy each step
 
 
+class NotPaged(BackendError):
+    """Continuous batching cannot run this model; the static engine can."""
+
+    def __init__(self, reason: object):
+        super().__init__(f"continuous batching cannot run this model: {reason}; use the static engine")
+
+
 class ContinuousEngine(RosterEngine):
-    """attribute: where tokens' experts are found, if they are to come with the events. overlap: prepare a step while
-    the device computes the one before; None = on a GPU whose attention has no mask. Raises BackendError where
-    continuous batching cannot run this model or with this transformers."""
+    """overlap: prepare a step while the device computes the one before; None = on a GPU whose attention has no mask.
+    Raises NotPaged where it cannot run this model, BackendError where it cannot with this transformers."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        served: AdaptedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: EngineSettings,
-        begin_step: BeginStep,
-        attribute: Attribute | None = None,
         overlap: bool | None = None,
     ):
+        model = served.model
         require_tested(transformers.__version__)
         from molex_serve.engine.bridge.manager import Manager  # not before: it may be unable to import
 
         check_range("page_tokens", settings.page_tokens, 4)
         reason = why_not_paged(model)
         if reason:
-            raise BackendError(f"continuous batching cannot run this model: {reason}; use the static engine")
+            raise NotPaged(reason)
         if overlap is None:
             overlap = model.device.type == "cuda" and model.config._attn_implementation not in _MASKED
-        self._set_up(model, tokenizer, settings, begin_step)
+        self._set_up(served, tokenizer, settings)
         try:
-            self.manager = Manager(model, settings, self.roster, begin_step, attribute, overlap)
+            self.manager = Manager(served, settings, self.roster, overlap)
         except MemoryError as error:
             raise ConfigError(f"cache_tokens={settings.cache_tokens} do not fit into memory: {error}") from error
         except ValueError as error:
-            raise BackendError(f"continuous batching cannot run this model: {error}; use the static engine") from error
+            raise NotPaged(error) from error
         self._bound(self.manager.capacity)
 
     def start(self) -> None:

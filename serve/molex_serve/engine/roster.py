@@ -18,7 +18,7 @@ logger = logging.getLogger("molex")
 @dataclass(eq=False)
 class Live:
     """A request that has not had its last event. key: its name inside the engine, never used twice. ends: tokens by
-    which it stops. leaving: it gives its place back before the next step."""
+    which it stops. begun: its turn has come. leaving: it gives its place back before the next step."""
 
     request: Request
     deliver: Deliver
@@ -27,6 +27,7 @@ class Live:
     matcher: Matcher | None = None
     key: str = ""
     delivered: int = 0
+    begun: bool = False
     leaving: bool = False
     logprobs: dict[int, tuple[Logprobs, int]] = field(default_factory=dict)  # of which position, in which row
     experts: dict[int, tuple[Dominant, int]] = field(default_factory=dict)
@@ -106,6 +107,12 @@ class Roster:
         with self._changed:
             for live in self._live.values():
                 live.leaving = True
+
+    def begin(self, live: Live) -> None:
+        """Delivers, once, that its turn has come."""
+        if not live.begun:
+            live.begun = True
+            self._hand(live, Event())
 
     def advance(self, live: Live, tokens: Sequence[int], finish_reason: FinishReason | None) -> None:
         """Delivers new tokens, unless the request is over."""

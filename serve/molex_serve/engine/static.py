@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from molex.errors import BackendError
-from molex_serve.engine.attribution import Attribute, attributed
+from molex_serve.engine.attribution import attributed
 from molex_serve.engine.base import EngineStats, FinishReason
-from molex_serve.engine.common import BeginStep, RosterEngine, keeps_logits
+from molex_serve.engine.common import AdaptedModel, RosterEngine, keeps_logits
 from molex_serve.engine.logprobs import Logprobs
 from molex_serve.engine.roster import Live
 from molex_serve.engine.sampling import Row, draw, pack
@@ -48,16 +48,8 @@ class _Sequence:
 class StaticEngine(RosterEngine):
     """`cache_tokens` and `step_requests` bound which requests run at a time; a step is a token of each."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: EngineSettings,
-        begin_step: BeginStep,
-        attribute: Attribute | None = None,
-    ):
-        self.attribute = attribute
-        self._set_up(model.eval(), tokenizer, settings, begin_step)
+    def __init__(self, served: AdaptedModel, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings):
+        self._set_up(served, tokenizer, settings)
         self._bound(settings.cache_tokens)
         self._arrivals: SimpleQueue[_Sequence] = SimpleQueue()
         self._waiting: deque[_Sequence] = deque()
@@ -67,7 +59,7 @@ class StaticEngine(RosterEngine):
         self._due = threading.Event()
         self._ending = False
         self._thread = threading.Thread(target=self._loop, name="molex-static-engine")
-        self._last_logits: dict[str, Any] = {"logits_to_keep": 1} if keeps_logits(model) else {}
+        self._last_logits: dict[str, Any] = {"logits_to_keep": 1} if keeps_logits(self.model) else {}
 
     def start(self) -> None:
         self.roster.open()
@@ -110,6 +102,7 @@ class StaticEngine(RosterEngine):
         self._let_go()
         while self._waiting and self._fits(self._waiting[0]):
             self._running.append(self._waiting.popleft())
+            self.roster.begin(self._running[-1].live)
         self._num_adapters = len({sequence.live.request.handle for sequence in self._running} - {BASE})
         self._num_steps += bool(self._running)
         for sequence in tuple(self._running):
@@ -147,17 +140,17 @@ class StaticEngine(RosterEngine):
         request, tokens = sequence.live.request, sequence.tokens[sequence.num_fed :]
         ids_1T = torch.tensor([tokens], device=self.model.device)
         step = Step.of((Span(request.handle, 0, len(tokens), request.task),), self.model.device)
-        self.begin_step(step)
+        self.served.begin_step(step)
         try:
             outputs = self.model(input_ids=ids_1T, use_cache=True, **sequence.cache, **self._last_logits)
         finally:
-            self.begin_step(None)
+            self.served.begin_step(None)
         sequence.cache = {name: outputs[name] for name in _CACHES if name in outputs}
         if not sequence.cache:
             raise BackendError("this model returns no cache by a known name, so it can only be called as a whole")
         sequence.num_fed = len(sequence.tokens)
-        if self.attribute is not None:
-            for place in attributed(self.attribute, step, [len(tokens)]).values():
+        if request.experts:
+            for place in attributed(self.served.attribution, step, [len(tokens)]).values():
                 sequence.live.experts[sequence.num_fed] = place
         return outputs.logits[:, -1].float()
 

@@ -47,6 +47,7 @@ def _job(face: Face, asked: ChatBody, alias: str | None, prompt: Prompt) -> Job:
         stops=tuple(asked.stop),
         alias=alias,
         task=asked.task,
+        experts=asked.return_experts,
     )
 
 

@@ -47,6 +47,7 @@ def _job(face: Face, asked: CompletionBody, alias: str | None, prompts: list[Pro
         alias=alias,
         task=asked.task,
         echo=asked.echo,
+        experts=asked.return_experts,
         scored=asked.logprobs if asked.echo else None,
     )
 

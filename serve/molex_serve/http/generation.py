@@ -27,7 +27,8 @@ WATCH_SECONDS = 5.0  # how often to ask whether the engine is alive
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What is asked of the engine. sampling: None = nothing is generated, the prompts are only echoed. n: choices of
-    each prompt. alias: None = the base. scored: how many alternatives of the prompts' own tokens, None = no scores."""
+    each prompt. alias: None = the base. experts: each token's dominant expert. scored: how many alternatives of the
+    prompts' own tokens, None = no scores."""
 
     id: str
     prompts: Sequence[Prompt]
@@ -37,6 +38,7 @@ class Job:
     alias: str | None = None
     task: int | None = None
     echo: bool = False
+    experts: bool = False
     scored: int | None = None
 
 
@@ -111,6 +113,7 @@ class Generation:
             handle=handle,
             generation=self.generation or "",
             task=job.task,
+            experts=job.experts,
         )
 
     async def _submit(self, requests: list[Request]) -> None:

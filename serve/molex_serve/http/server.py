@@ -8,6 +8,7 @@ does not wait.
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -22,7 +23,15 @@ KEEP_ALIVE_SECONDS = 65  # longer than proxies and clients keep a connection, so
 
 
 class Server(uvicorn.Server):
-    def __init__(self, app: FastAPI, settings: ServerSettings, log_level: str = "info"):
+    """listening: called with its address once requests may come."""
+
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: ServerSettings,
+        log_level: str = "info",
+        listening: Callable[[str], object] = lambda address: None,
+    ):
         config = uvicorn.Config(
             app,
             settings.host,
@@ -35,13 +44,19 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self.face: Face = app.state.face
-        self.drain_seconds = settings.drain_seconds
+        self.drain_seconds, self.listening = settings.drain_seconds, listening
 
     @property
     def address(self) -> tuple[str, int]:
         """Where it listens, once started: port 0 takes any that is free."""
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         return host, port
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.address
+            self.listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.face.gate.close()

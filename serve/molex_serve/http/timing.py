@@ -11,7 +11,7 @@ from molex_serve.http.metrics import Metrics
 class Timing:
     """Of one HTTP request to one adapter, with one or several requests in the engine.
 
-    An event without tokens says that a request's turn has come; the wait in the queue is known where there is one.
+    A request's first event says that its turn has come: by it the wait in the queue is known.
     """
 
     metrics: Metrics

@@ -46,6 +46,7 @@ class ExpertPool:
 
     def __init__(self, model: nn.Module, num_slots: int, num_handles: int):
         self.step: Step | None = None
+        self.num_slots = num_slots
         self.layers: dict[str, SlotLayer] = {}
         self._handles: set[int] = set()
         found = find_layers(model)

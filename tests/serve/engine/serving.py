@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from molex.workbench.tokenizer import build_tokenizer
 from molex_serve.engine.base import Engine, Event, Request, Sampling
 from molex_serve.engine.continuous import ContinuousEngine
+from molex_serve.errors import BadRequest
+from molex_serve.model.routed import Attribution
 from molex_serve.model.step import Step
 from molex_serve.settings import EngineSettings
 from tests.models import tiny
@@ -34,7 +36,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Adapted:
-    """A model with such adapters; begin_step is an engine's, and `steps` what it was told."""
+    """A model with such adapters, as an engine takes it; `steps` is what it was told."""
 
     def __init__(self, name: str = "llama", model: PreTrainedModel | None = None):
         self.model = model or tiny(name)
@@ -53,6 +55,13 @@ class Adapted:
         self._now = step
         if step is not None:
             self.steps.append(step)
+
+    def attribution(self, handle: int) -> Attribution | None:
+        return None
+
+    def check_task(self, handle: int, task: int | None) -> None:
+        if task is not None and task >= len(self.task_vectors):
+            raise BadRequest(f"task={task}")
 
     @property
     def num_fed(self) -> int:
@@ -87,7 +96,7 @@ class Adapted:
         return ids[0, len(request.prompt_ids) :].tolist()
 
     def engine(self, settings: EngineSettings = ROOMY, **options: bool) -> ContinuousEngine:
-        return ContinuousEngine(self.model, tokenizer(), settings, self.begin_step, **options)
+        return ContinuousEngine(self, tokenizer(), settings, **options)
 
 
 def prompt(length: int, seed: int = 0, vocabulary: int = 64) -> tuple[int, ...]:
@@ -112,7 +121,8 @@ def mixed(number: int, new: int = 10) -> list[Request]:
 
 
 class Listener:
-    """Collects a request's events, and checks that the last one is the last and the only one."""
+    """Collects a request's events, and checks that the first one has no tokens, and the last one is the last and the
+    only one."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -120,8 +130,10 @@ class Listener:
 
     def __call__(self, event: Event) -> None:
         assert not self.over.is_set(), f"{event} came after the last event"
+        assert self.events or not event.token_ids, f"{event} came before the request's turn"
         self.events.append(event)
-        self.started.set()
+        if event.token_ids:
+            self.started.set()
         if event.finish_reason is not None:
             self.over.set()
 

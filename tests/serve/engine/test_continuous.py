@@ -160,4 +160,4 @@ def test_logprobs_are_the_models_own() -> None:
 def test_models_that_it_would_compute_wrongly_are_refused(name: str) -> None:
     overrides = {"attn_logit_softcapping": 5.0} if name == "gemma2" else {}
     with pytest.raises(BackendError, match="static engine"):
-        ContinuousEngine(tiny(name, **overrides), tokenizer(), ROOMY, lambda step: None)
+        ContinuousEngine(Adapted(model=tiny(name, **overrides)), tokenizer(), ROOMY)

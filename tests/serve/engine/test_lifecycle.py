@@ -31,7 +31,7 @@ MakeEngine = Callable[[Adapted, EngineSettings], Engine]
 
 
 def static(adapted: Adapted, settings: EngineSettings) -> StaticEngine:
-    return StaticEngine(adapted.model, tokenizer(), settings, adapted.begin_step)
+    return StaticEngine(adapted, tokenizer(), settings)
 
 
 @pytest.fixture(params=[Adapted.engine, static], ids=["continuous", "static"])

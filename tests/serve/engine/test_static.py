@@ -39,7 +39,7 @@ def test_equals_each_adapter_alone(name: str) -> None:
     adapted = Adapted(model=hybrid() if name == "hybrid" else tiny(name))
     requests = mixed(5, new=6)
     settings = replace(ROOMY, cache_tokens=64, step_requests=3)
-    with running(StaticEngine(adapted.model, tokenizer(), settings, adapted.begin_step)) as engine:
+    with running(StaticEngine(adapted, tokenizer(), settings)) as engine:
         found = serve(engine, requests)
     assert found == [adapted.generate(request) for request in requests]
 
@@ -47,5 +47,5 @@ def test_equals_each_adapter_alone(name: str) -> None:
 def test_tasks_reach_their_tokens() -> None:
     adapted = Adapted("mamba")
     requests = [greedy(str(task), 6, 1, new=5, task=task) for task in (None, 0, 1)]
-    with running(StaticEngine(adapted.model, tokenizer(), ROOMY, adapted.begin_step)) as engine:
+    with running(StaticEngine(adapted, tokenizer(), ROOMY)) as engine:
         assert serve(engine, requests) == [adapted.generate(request) for request in requests]

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any, cast
 
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchingManager,
@@ -16,10 +16,9 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
-from molex_serve.engine.attribution import Attribute
 from molex_serve.engine.bridge.rows import SteppedModel, StepRows, live_of
 from molex_serve.engine.bridge.scheduler import NAME, FairScheduler
-from molex_serve.engine.common import BeginStep
+from molex_serve.engine.common import AdaptedModel
 from molex_serve.engine.mla import padded, page_width, sized_pages
 from molex_serve.engine.prefix import PrefixSalt
 from molex_serve.engine.roster import Live, Roster
@@ -55,11 +54,9 @@ class Manager(ContinuousBatchingManager):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        served: AdaptedModel,
         settings: EngineSettings,
         roster: Roster,
-        begin_step: BeginStep,
-        attribute: Attribute | None,
         overlap: bool,
     ):
         config = ContinuousBatchingConfig(
@@ -73,11 +70,13 @@ class Manager(ContinuousBatchingManager):
             scheduler_type=NAME,
             auto_switch_to_flash=False,
         )
-        super().__init__(cast(ProtoPretrainedModel, model), GenerationConfig(do_sample=False, eos_token_id=-1), config)
+        super().__init__(
+            cast(ProtoPretrainedModel, served.model), GenerationConfig(do_sample=False, eos_token_id=-1), config
+        )
         self.settings, self.roster, self.prefix_hits = settings, roster, 0
         self.logit_processor = self.rows = StepRows()
         self.output_router = Outlet(roster)
-        self.stepped = SteppedModel(model, self.rows, begin_step, attribute)
+        self.stepped = SteppedModel(served, self.rows)
         self.batch_processor = self._create_batch_processor()  # here, and not on the thread: what cannot run, raises
         self.capacity = infer_max_single_request_tokens(self.batch_processor.cache)
 
@@ -139,6 +138,7 @@ class Manager(ContinuousBatchingManager):
         scheduler = processor.scheduler
         assert isinstance(scheduler, FairScheduler)
         scheduler.places = Places(self.settings.step_adapters, self.settings.drain_steps)
+        scheduler.begin = self.roster.begin
         scheduler.leave = lambda live: self.roster.finish(live, "cancelled")
         self._salt_prefixes(processor.cache, scheduler)
         width = page_width(config)

@@ -10,7 +10,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
 from molex_serve.engine.attribution import Attribute, attributed
-from molex_serve.engine.common import BeginStep, keeps_logits
+from molex_serve.engine.common import AdaptedModel, keeps_logits
 from molex_serve.engine.logprobs import Logprobs
 from molex_serve.engine.roster import Live
 from molex_serve.engine.sampling import NUMBERS, Row, draw, needs_tokens, pack
@@ -76,7 +76,8 @@ class StepRows(ContinuousBatchingLogitsProcessorList):
 
     def note_experts(self, attribute: Attribute) -> None:
         """After the forward."""
-        found = attributed(attribute, self.last, self._stops)
+        asked = [stop for live, stop in zip(self._lives, self._stops, strict=True) if live.request.experts]
+        found = attributed(attribute, self.last, asked)
         for live, row, stop in zip(self._lives, self._rows, self._stops, strict=True):
             if stop in found:
                 live.experts[row.position] = found[stop]
@@ -113,21 +114,18 @@ class SteppedModel(nn.Module):
 
     model: PreTrainedModel
 
-    def __init__(
-        self, model: PreTrainedModel, rows: StepRows, begin_step: BeginStep, attribute: Attribute | None = None
-    ):
+    def __init__(self, served: AdaptedModel, rows: StepRows):
         super().__init__()
-        self.model, self.rows, self.begin_step, self.attribute = model, rows, begin_step, attribute
+        self.served, self.model, self.rows = served, served.model, rows
 
     def forward(self, **inputs: Any) -> Any:
         num_tokens = inputs["input_ids"].shape[1]
-        self.begin_step(self.rows.step(inputs["logits_processor_args"], num_tokens))
+        self.served.begin_step(self.rows.step(inputs["logits_processor_args"], num_tokens))
         try:
             outputs = self.model(**inputs)
         finally:
-            self.begin_step(None)
-        if self.attribute is not None:
-            self.rows.note_experts(self.attribute)
+            self.served.begin_step(None)
+        self.rows.note_experts(self.served.attribution)
         return outputs
 
     def _supports_logits_to_keep(self) -> bool:

@@ -16,6 +16,7 @@ class FairScheduler(FIFOScheduler):
     """First come, first served, as far as there are places for different adapters."""
 
     places: Places
+    begin: Callable[[Live], None]
     leave: Callable[[Live], None]
 
     def clear_cancelled_requests(self) -> list[RequestState]:
@@ -33,7 +34,10 @@ class FairScheduler(FIFOScheduler):
         self, token_budget: int, cache_budget: int
     ) -> tuple[list[FutureRequestState] | None, bool, int, int]:
         self.places.begin_step()
-        return super().schedule_batch(token_budget, cache_budget)
+        batch = super().schedule_batch(token_budget, cache_budget)
+        for future in batch[0] or ():
+            self.begin(live_of(future.state))
+        return batch
 
     def _get_waiting_candidates(self) -> list[RequestState]:
         waiting = super()._get_waiting_candidates()
