@@ -15,7 +15,7 @@ from molex.workbench.training import Run, fit
 
 SKILLS = ("upper", "reverse", "vowels")
 MIXTURE = "mixture"
-STEPS, ROWS = 150, 32
+STEPS, ROWS = 100, 16
 
 
 def demo_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
@@ -50,5 +50,5 @@ def train_mixture(folder: Path) -> None:
     torch.manual_seed(0)
     adapters = {skill: folder / skill for skill in SKILLS}
     mixture = molex.from_peft(load_base(), adapters, router="topk")
-    fit(mixture, load_tokenizer(), dataset(SKILLS, "train", STEPS * ROWS), Run(steps=STEPS // 2, batch_size=ROWS))
+    fit(mixture, load_tokenizer(), dataset(SKILLS, "train", STEPS * ROWS), Run(steps=STEPS, batch_size=ROWS))
     mixture.save(folder / MIXTURE)
