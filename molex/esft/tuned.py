@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from molex.esft.layers import ExpertLayer, ExpertWeights, gate_of, may_group, weigh
-from molex.kernels.grouped import sort_pairs
+from molex.kernels.grouped import sort_pairs, unsort
 
 IMPLEMENTATION = "molex_esft"
 
@@ -93,7 +93,7 @@ def by_experts(pairs: Pairs, base: ExpertWeights, tuned: ExpertWeights, gate: Ga
         for number, (rows, (gate_up, down)) in enumerate(zip(pairs.rows(order_N).split(counts), weights, strict=True))
         if len(rows) or number >= num_experts
     ]
-    return _unsort(torch.cat(parts), order_N)
+    return unsort(torch.cat(parts), order_N)
 
 
 def by_groups(pairs: Pairs, base: ExpertWeights, tuned: ExpertWeights, gate: Gate) -> Tensor:
@@ -108,8 +108,4 @@ def _grouped(pairs: Pairs, owners_N: Tensor, weights: ExpertWeights, gate: Gate)
     x_NH = pairs.rows(plan.order).where(plan.somebody, 0)
     hidden_ND = F.grouped_mm(x_NH, weights.gate_up.transpose(1, 2), offs=plan.ends).where(plan.somebody, 0)
     y_NH = F.grouped_mm(gate(hidden_ND), weights.down.transpose(1, 2), offs=plan.ends).where(plan.somebody, 0)
-    return _unsort(y_NH, plan.order)
-
-
-def _unsort(sorted_NH: Tensor, order_N: Tensor) -> Tensor:
-    return torch.zeros_like(sorted_NH).index_copy(0, order_N, sorted_NH)
+    return unsort(y_NH, plan.order)

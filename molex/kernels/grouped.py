@@ -75,13 +75,13 @@ class Grouped(Backend):
 
     def pairs(self, rows: Tensor, expert_ids: Tensor, weights: Tensor, columns: Columns) -> Tensor:
         plan = sort_pairs(expert_ids, len(columns.ranks))
-        return _unsort(self._sorted_pairs(rows[plan.order], weights[plan.order], columns, plan), plan)
+        return unsort(self._sorted_pairs(rows[plan.order], weights[plan.order], columns, plan), plan.order)
 
     def delta(self, x: Tensor, columns: Columns, routing: Routing, hidden: Tensor | None = None) -> Tensor:
         num_tokens, num_slots = routing.expert_ids.shape
         plan = sort_pairs(routing.expert_ids.flatten(), len(columns.ranks))
         rows_ND, weights_N = x[plan.order // num_slots], routing.weights.flatten()[plan.order]
-        y_NO = _unsort(self._sorted_pairs(rows_ND, weights_N, columns, plan), plan)
+        y_NO = unsort(self._sorted_pairs(rows_ND, weights_N, columns, plan), plan.order)
         return y_NO.view(num_tokens, num_slots, y_NO.shape[-1]).sum(1)
 
     def _sorted_pairs(self, rows: Tensor, weights: Tensor, columns: Columns, plan: Plan) -> Tensor:
@@ -100,8 +100,9 @@ def sort_pairs(expert_ids: Tensor, num_experts: int) -> Plan:
     return Plan(order_N, ends_E, (sorted_N < num_experts)[:, None])
 
 
-def _unsort(sorted_rows: Tensor, plan: Plan) -> Tensor:
-    return torch.zeros_like(sorted_rows).index_copy(0, plan.order, sorted_rows)
+def unsort(sorted_rows: Tensor, order: Tensor) -> Tensor:
+    """(N, X) rows back in the places that they were taken from in this order."""
+    return torch.zeros_like(sorted_rows).index_copy(0, order, sorted_rows)
 
 
 def _padded(columns: Columns) -> tuple[Tensor, Tensor]:

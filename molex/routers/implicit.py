@@ -9,7 +9,6 @@ does.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from molex.routers.base import BalancedRouter, Router, RouterConfig, check_top_k, routers
@@ -40,13 +39,11 @@ class ImplicitRouter(BalancedRouter):
         self.config = config
 
     def rule(self) -> Rule | None:
-        plain = type(self) is ImplicitRouter
-        return SelfTopK(self.bias, self.config.top_k, self.config.signed) if plain else None
+        return self._own_rule() if type(self) is ImplicitRouter else None
 
     def forward(self, x: Tensor, ctx: RouteContext) -> Routing:
         assert ctx.activations is not None
-        scores_TE = ctx.activations.to(torch.promote_types(x.dtype, torch.float32)) + self.bias
-        if not self.config.signed:
-            scores_TE = scores_TE.abs()
-        ids_TK = scores_TE.topk(self.config.top_k, dim=-1).indices
-        return Routing(ids_TK, torch.ones_like(ids_TK, dtype=scores_TE.dtype), scores_TE, self.num_experts)
+        return self._own_rule().decide(x, ctx.activations)
+
+    def _own_rule(self) -> SelfTopK:
+        return SelfTopK(self.bias, self.config.top_k, self.config.signed)
