@@ -100,22 +100,28 @@ class Registry:
         """Reads an adapter, brings it to the device, and has the alias name it. expected_generation: what the alias
         must name until then, "" = nothing yet, None = anything. Raises Conflict, BadAdapter, and LoadBusy where another
         load is under way or no place came free; then the alias is as it was."""
+        with self.stage(alias, path, expected_generation, pin) as staged:
+            return self.commit(staged, path, expected_generation, pin)
+
+    def stage(self, alias: str, path: Source, expected_generation: str | None = None, pin: bool = False) -> Lease:
+        """The first half of a load: nobody is served it yet, and released it may be forgotten. Raises as `load`."""
         if not self._loading.acquire(blocking=False):
             raise LoadBusy("another adapter is being loaded")
         try:
             with self._lock:
                 self._check(alias, expected_generation, pin)
             generation = result_of(self.residency.read(path, self.residency.expect))
-            self.residency.acquire(generation)
-            try:
-                with self._lock:
-                    self._check(alias, expected_generation, pin)
-                    self._replace(Alias(alias, path, pin, generation))
-                    return self._listed(self._aliases[alias])
-            finally:
-                self.residency.release(generation)
+            handle = self.residency.acquire(generation)
         finally:
             self._loading.release()
+        return Lease(alias, generation, handle, partial(self.residency.release, generation))
+
+    def commit(self, staged: Lease, path: Source, expected_generation: str | None = None, pin: bool = False) -> Listed:
+        """The second half: the alias names what was staged for it, by a lease that is still open. Raises Conflict."""
+        with self._lock:
+            self._check(staged.alias, expected_generation, pin)
+            self._replace(Alias(staged.alias, path, pin, staged.generation))
+            return self._listed(self._aliases[staged.alias])
 
     def unload(self, alias: str, expected_generation: str | None = None) -> None:
         """Forgets an alias. Its generation leaves the device once its last lease is released, before this returns where

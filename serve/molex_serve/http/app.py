@@ -44,7 +44,7 @@ def create_app(
 
     # no pages about the API: they would load scripts from elsewhere
     app = FastAPI(title="molex", lifespan=life, openapi_url=None)
-    app.state.face = face
+    app.state.face, app.state.settings = face, settings
     add_handlers(app)
     app.add_middleware(Doorkeeper, face=face)
     for part in (completions, chat, models):

@@ -8,23 +8,27 @@ import hmac
 from fastapi import Request
 
 from molex_serve.errors import ServeError
-from molex_serve.http.face import face_of
+from molex_serve.settings import ServerSettings
 
 
 class Unauthorized(ServeError):
     status, code = 401, "invalid_api_key"
 
 
+def settings_of(request: Request) -> ServerSettings:
+    return request.app.state.settings
+
+
 async def require_key(request: Request) -> None:
     """The API key, or the admin key, which may do everything. Raises Unauthorized."""
-    settings = face_of(request).settings
+    settings = settings_of(request)
     if settings.api_key is not None:
         _require(request, (settings.api_key, settings.admin_key))
 
 
 async def require_admin(request: Request) -> None:
     """The admin key, or the API key where there is no admin key. Raises Unauthorized."""
-    settings = face_of(request).settings
+    settings = settings_of(request)
     key = settings.api_key if settings.admin_key is None else settings.admin_key
     if key is not None:
         _require(request, (key,))

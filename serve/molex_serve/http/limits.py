@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from molex_serve.errors import ServeError
-from molex_serve.http.face import face_of
+from molex_serve.http.auth import settings_of
 from molex_serve.http.problems import ClientGone, wrong_values
 from molex_serve.http.schemas import Body
 
@@ -31,7 +31,7 @@ def parsed(schema: type[BodyT]) -> Callable[[Request], Awaitable[BodyT]]:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise NotJson(f"the body is {kind or 'of no type'}; send JSON, with Content-Type: application/json")
-        text = await read_body(request, face_of(request).settings.body_bytes)
+        text = await read_body(request, settings_of(request).body_bytes)
         try:
             return schema.model_validate_json(text)
         except ValidationError as error:
