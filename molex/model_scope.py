@@ -55,6 +55,13 @@ def head_width(model: nn.Module) -> int:
     return getattr(text_config, "word_embed_proj_dim", text_config.hidden_size)
 
 
+def assign(state: MixtureState, router: ScalingsRouter, layers: Mapping[str, MixtureLinear], hidden: Tensor) -> None:
+    """Leaves every layer's routing in the state. hidden (..., D): the base's last hidden states."""
+    hidden_TD = hidden.reshape(-1, hidden.shape[-1]).to(next(router.parameters()).device)
+    routings = zip(layers.items(), router.decide(hidden_TD), strict=True)
+    state.assigned = {name: routing.to(layer.experts.scale.device) for (name, layer), routing in routings}
+
+
 class TwoPass:
     """Hooks on the model's stack of layers: `before` runs the first pass and the head, `after` stows its cache."""
 
@@ -80,10 +87,7 @@ class TwoPass:
         if slot is not None:
             self._caller = arguments[slot]
             self._first = arguments[slot] = _take_first(arguments[slot])
-        hidden = self._first_pass(stack, arguments)
-        hidden_TD = hidden.reshape(-1, hidden.shape[-1]).to(next(self.router.parameters()).device)
-        routings = zip(self.layers.items(), self.router.decide(hidden_TD), strict=True)
-        self.state.assigned = {name: routing.to(layer.experts.scale.device) for (name, layer), routing in routings}
+        assign(self.state, self.router, self.layers, self._first_pass(stack, arguments))
 
     def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Puts the first pass's layers into the cache the caller gets back; also where the forward failed."""

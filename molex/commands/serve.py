@@ -28,6 +28,7 @@ def serve(
     resident: Annotated[int, typer.Option(min=1, help="Adapters on the device at once.")] = 32,
     cache_tokens: Annotated[int, typer.Option(min=64, help="Tokens that the KV cache holds.")] = 16384,
     dtype: Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16, float16.")] = "auto",
+    two_passes: Annotated[bool, typer.Option("--two-passes", help="A second cache, which xlora takes.")] = False,
     static: Annotated[bool, typer.Option("--static", help="One request after another, without paging.")] = False,
 ) -> None:
     """Serve a base and its adapters over HTTP."""
@@ -51,6 +52,7 @@ def serve(
             resident=resident,
             cache_tokens=cache_tokens,
             dtype=dtype,
+            two_passes=two_passes,
             static=static,
         ),
         console.print,

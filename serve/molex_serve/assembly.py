@@ -57,7 +57,8 @@ def assemble(
     settings, limits = server or ServerSettings(), limits or AdapterLimits()
     served = ServedModel(model, limits)
     running = make_engine(served, tokenizer, engine or EngineSettings(), static)
-    residency = Residency(served.attach, served.detach, served.read, running.paused, limits)
+    read = partial(served.read, two_passes=running.two_passes)
+    residency = Residency(served.attach, served.detach, read, running.paused, limits)
     registry = Registry(residency, reserved=(settings.model_name,))
     for alias, source in sources(adapters or {}, served).items():
         registry.register(alias, source)

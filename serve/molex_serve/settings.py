@@ -28,7 +28,8 @@ class AdapterLimits:
 class EngineSettings:
     """cache_tokens: that the KV cache holds, of all requests; step_tokens, step_requests, step_adapters: how many
     tokens, requests and different adapters a step computes; queue: requests that may wait; drain_steps: after so many
-    steps a waiting adapter gets a place before running ones get another request."""
+    steps a waiting adapter gets a place before running ones get another request; two_passes: a second cache of the same
+    size, for mixtures that look at the base's hidden states first (xlora)."""
 
     cache_tokens: int = 16384
     page_tokens: int = 16
@@ -38,6 +39,7 @@ class EngineSettings:
     queue: int = 256
     drain_steps: int = 64
     prefix_cache: bool = True
+    two_passes: bool = False
 
     def __post_init__(self) -> None:
         for name in ("cache_tokens", "page_tokens", "step_tokens", "step_requests", "step_adapters", "queue"):

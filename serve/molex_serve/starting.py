@@ -35,6 +35,7 @@ class Start:
     resident: int
     cache_tokens: int
     dtype: str
+    two_passes: bool = False
     static: bool
 
 
@@ -78,7 +79,7 @@ def prepare(given: Start, adapters: Mapping[str, str]) -> Assembly:
         tokenizer,
         adapters,
         server=server_settings(given),
-        engine=EngineSettings(cache_tokens=given.cache_tokens),
+        engine=EngineSettings(cache_tokens=given.cache_tokens, two_passes=given.two_passes),
         limits=AdapterLimits(resident=given.resident),
         static=given.static,
     )

@@ -21,7 +21,7 @@ LORAS = {
     ),
 }
 SHARES = {"law": 0.6, "code": -0.4}
-MIXTURES = tuple(sorted(PRESETS.keys() - {"xlora"}))
+MIXTURES = tuple(sorted(PRESETS))
 TASKS = {"poly": 1, "mhr": 1, "mtlora": 1, "lora-mixer": 1}  # of these the routers ask for a task
 
 

@@ -60,9 +60,10 @@ def expected(folder: Path) -> dict[str, list[int]]:
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_everyone_at_once(settings: EngineSettings, folder: Path, expected: dict[str, list[int]]) -> None:
     served = ServedModel(tiny("llama"))
-    handles = {name: served.attach(served.read(str(folder / name))) for name in EVERYONE if name != "base"}
+    read = {name: served.read(str(folder / name), two_passes=True) for name in EVERYONE if name != "base"}
+    handles = {name: served.attach(adapter) for name, adapter in read.items()}
     asked = requests(handles, list(EVERYONE))
-    engine = ContinuousEngine(served, tokenizer(), settings)
+    engine = ContinuousEngine(served, tokenizer(), replace(settings, two_passes=True))
     with running(engine):
         found = serve(engine, asked)
     for request, tokens in zip(asked, found, strict=True):

@@ -113,6 +113,7 @@ class Engine(ABC):
     """Runs on a thread of its own from `start` to `stop`."""
 
     longest: int  # tokens of a prompt and its answer together
+    two_passes: bool  # whether an adapter may look at the base's hidden states first
 
     @abstractmethod
     def start(self) -> None: ...

@@ -17,7 +17,7 @@ from molex_serve.engine.grammar import Grammars
 from molex_serve.engine.logprobs import logprobs_of
 from molex_serve.engine.roster import Live, Roster
 from molex_serve.model.routed import Attribution
-from molex_serve.model.step import Span, Step
+from molex_serve.model.step import FirstPass, Span, Step
 from molex_serve.settings import EngineSettings
 
 _LEAVING_SECONDS = 60.0  # a step may take long; a request leaves between two
@@ -29,8 +29,8 @@ class AdaptedModel(Protocol):
     @property
     def model(self) -> PreTrainedModel: ...
 
-    def begin_step(self, step: Step | None) -> None:
-        """The next forward has these tokens; None: it is over."""
+    def begin_step(self, step: Step | None, first_pass: FirstPass | None = None) -> None:
+        """The next forward has these tokens; None: it is over. first_pass is called where an adapter needs it."""
 
     def attribution(self, handle: int) -> Attribution | None:
         """Which experts served an adapter's tokens in the last step; None: nothing chose."""
@@ -79,7 +79,10 @@ class RosterEngine(Engine):
         self.served.check_task(handle, task)
         with self.paused(), torch.no_grad(), self._plain_attention():
             ids_1T = torch.tensor([list(prompt_ids)], device=self.model.device)
-            self.served.begin_step(Step.of((Span(handle, 0, len(prompt_ids), task),), self.model.device))
+            self.served.begin_step(
+                Step.of((Span(handle, 0, len(prompt_ids), task),), self.model.device),
+                lambda stack: stack(input_ids=ids_1T, use_cache=False)[0],
+            )
             try:
                 logits_TV = self.model(input_ids=ids_1T, use_cache=False).logits[0]
             finally:

@@ -7,6 +7,7 @@ earlier request of the same adapter had is not computed again.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -51,9 +52,10 @@ class ContinuousEngine(RosterEngine):
         if overlap is None:
             overlap = model.device.type == "cuda" and model.config._attn_implementation not in _MASKED
         self._set_up(served, tokenizer, settings)
+        self.two_passes = settings.two_passes
         try:
             self.manager = Manager(served, settings, self.roster, overlap)
-        except MemoryError as error:
+        except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(f"cache_tokens={settings.cache_tokens} do not fit into memory: {error}") from error
         except ValueError as error:
             raise NotPaged(error) from error

@@ -7,14 +7,15 @@ no padding, no page and no mask to get wrong. Running requests take turns, a tok
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from molex.errors import BackendError
@@ -37,6 +38,7 @@ class _Sequence:
     live: Live
     tokens: list[int]
     cache: dict[str, Any] = field(default_factory=dict)
+    first_cache: dict[str, Any] = field(default_factory=dict)  # of the first pass
     num_fed: int = 0
 
     @property
@@ -47,6 +49,8 @@ class _Sequence:
 
 class StaticEngine(RosterEngine):
     """`cache_tokens` and `step_requests` bound which requests run at a time; a step is a token of each."""
+
+    two_passes = True
 
     def __init__(self, served: AdaptedModel, tokenizer: PreTrainedTokenizerBase, settings: EngineSettings):
         self._set_up(served, tokenizer, settings)
@@ -140,19 +144,23 @@ class StaticEngine(RosterEngine):
         request, tokens = sequence.live.request, sequence.tokens[sequence.num_fed :]
         ids_1T = torch.tensor([tokens], device=self.model.device)
         step = Step.of((Span(request.handle, 0, len(tokens), request.task),), self.model.device)
-        self.served.begin_step(step)
+        self.served.begin_step(step, partial(self._first_pass, sequence, ids_1T))
         try:
             outputs = self.model(input_ids=ids_1T, use_cache=True, **sequence.cache, **self._last_logits)
         finally:
             self.served.begin_step(None)
-        sequence.cache = {name: outputs[name] for name in _CACHES if name in outputs}
-        if not sequence.cache:
-            raise BackendError("this model returns no cache by a known name, so it can only be called as a whole")
+        sequence.cache = _cache_of(outputs)
         sequence.num_fed = len(sequence.tokens)
         if request.experts:
             for place in attributed(self.served.attribution, step, [len(tokens)]).values():
                 sequence.live.experts[sequence.num_fed] = place
         return outputs.logits[:, -1].float()
+
+    def _first_pass(self, sequence: _Sequence, ids_1T: Tensor, stack: nn.Module) -> Tensor:
+        """(1, T, D) last hidden states of what is about to be fed."""
+        outputs = stack(input_ids=ids_1T, use_cache=True, **sequence.first_cache)
+        sequence.first_cache = _cache_of(outputs)
+        return outputs[0]
 
     def _num_running(self) -> int:
         return len(self._running)
@@ -182,6 +190,14 @@ class StaticEngine(RosterEngine):
         self._due.set()
         if self._thread.is_alive():
             self._thread.join()
+
+
+def _cache_of(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    """To be passed with the next tokens."""
+    cache = {name: outputs[name] for name in _CACHES if name in outputs}
+    if not cache:
+        raise BackendError("this model returns no cache by a known name, so it can only be called as a whole")
+    return cache
 
 
 def _finish_reason(sequence: _Sequence) -> FinishReason | None:

@@ -1,6 +1,6 @@
 """What one step adds to the base, at its linears and in its feed-forward blocks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -33,10 +33,16 @@ class Plan(Adds):
     def is_base(self) -> bool:
         return self.batches is None and not self.own
 
-    def begin(self) -> None:
-        """Before the model's forward."""
+    def begin(self, first_pass: Callable[[], Tensor] | None) -> None:
+        """Before the model's forward. first_pass: gives the base's last hidden states (..., D), should a head ask."""
         for handle, own in self.own.items():
             own.adapter.begin(len(own.rows), self.step.tasks_of(handle))
+        looking = [own for own in self.own.values() if own.adapter.head is not None]
+        if looking:
+            assert first_pass is not None, "who cannot do a first pass refuses such adapters when it reads them"
+            hidden_TD = first_pass().flatten(0, -2)
+            for own in looking:
+                own.adapter.decide(hidden_TD[own.rows])
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         if self.batches is not None and name in self.pool.sites:

@@ -17,6 +17,8 @@ from molex.ffn import NarrowLinear
 from molex.layer import MixtureLinear
 from molex.linears import StandIn, features
 from molex.mixture import Mixture
+from molex.model_scope import assign
+from molex.routers.scalings import ScalingsRouter
 from molex.routing import RouteContext
 from molex_serve.errors import BadAdapter, BadRequest
 
@@ -46,12 +48,11 @@ class Attribution(NamedTuple):
 
 
 class RoutedAdapter:
-    """Made once for a resident mixture. Raises BadAdapter on what cannot share a batch."""
+    """Made once for a resident mixture. head: what decides for all layers, after a first pass over the base (X-LoRA).
+    Raises BadAdapter on what cannot share a batch."""
 
     def __init__(self, mixture: Mixture):
-        if mixture.head is not None:
-            raise BadAdapter("xlora decides after a first pass over all tokens, which this engine has no room for")
-        self.mixture = mixture
+        self.mixture, self.head = mixture, mixture.head
         ffn = {name for name, layer in mixture.layers.items() if layer.form != "linear"}
         self.blocks = {block: mixture.model.get_submodule(block) for block in map(_block_of, _narrow(mixture))}
         for block, module in self.blocks.items():
@@ -77,6 +78,12 @@ class RoutedAdapter:
         state.tasks = None if tasks is None else tasks[None]
         state.trace = {}
         state.pending.clear()
+
+    def decide(self, hidden_ND: Tensor) -> None:
+        """Has the head decide for the step's own tokens, by the base's last hidden states."""
+        assert isinstance(self.head, ScalingsRouter)
+        decided = {name: layer for name, layer in self.layers.items() if layer.router is None}
+        assign(self.mixture.state, self.head, decided, hidden_ND)
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """x (N, D), y (N, O) of its own tokens -> (N, O)."""

@@ -5,12 +5,14 @@ A step in which all tokens are the base's is computed by the base's own modules,
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from molex.errors import StateError, TargetError
+from molex.tokens import find_stacks
 from molex_serve.adapters.base import ExpertSwap, HostAdapter, LowRank, Routed
 from molex_serve.adapters.loading import read
 from molex_serve.errors import BadAdapter, LoadBusy
@@ -19,7 +21,7 @@ from molex_serve.model.experts import ExpertPool
 from molex_serve.model.linear import Current, ServedBlock, ServedLinear
 from molex_serve.model.plan import Plan
 from molex_serve.model.routed import Attribution, RoutedAdapter
-from molex_serve.model.step import BASE, Step
+from molex_serve.model.step import BASE, FirstPass, Step
 from molex_serve.model.twin import twin_of
 from molex_serve.settings import AdapterLimits
 
@@ -31,16 +33,22 @@ class ServedModel:
         if getattr(model, "molex_mixture", None) is not None:
             raise StateError("this model is a mixture: serve its base, and the saved mixture as an adapter of it")
         self.model, self.limits = model.eval(), limits or AdapterLimits()
-        self.pristine = twin_of(model)
+        self.pristine, self.stack = twin_of(model), find_stacks(model)[-1].module
         self.current, self.pool = Current(), ColumnPool(self.limits.columns)
         self.routed: dict[int, RoutedAdapter] = {}
         self.experts = self._expert_pool()
         self._linears: dict[str, nn.Module] = {}  # the base's own, where one stands in their place
         self._blocks: dict[str, nn.Module] = {}
 
-    def read(self, path: str) -> HostAdapter:
-        """An adapter from disk, checked against the base. Raises BadAdapter."""
+    def read(self, path: str, two_passes: bool = False) -> HostAdapter:
+        """An adapter from disk, checked against the base. two_passes: the engine can do a first pass. Raises
+        BadAdapter."""
         adapter = read(path, self.pristine)
+        if isinstance(adapter, Routed) and adapter.mixture.head is not None and not two_passes:
+            raise BadAdapter(
+                f"{path} decides after a first pass over the base, which takes a second cache: serve with --two-passes "
+                "or --static"
+            )
         if isinstance(adapter, LowRank) and adapter.rank > self.limits.rank:
             raise BadAdapter(f"{path} has rank {adapter.rank}, at most {self.limits.rank} are allowed here")
         return adapter
@@ -75,16 +83,19 @@ class ServedModel:
         if handle in self.routed:
             self.routed[handle].check_task(task)
 
-    def begin_step(self, step: Step | None) -> None:
-        """The next forward has these tokens; None: the step is over."""
-        if self.experts is not None:
-            self.experts.step = step
-        if step is None or not step.present:
-            self.current.adds = None
+    def begin_step(self, step: Step | None, first_pass: FirstPass | None = None) -> None:
+        """The next forward has these tokens; None: the step is over. first_pass is called where an adapter needs it."""
+        self._act(None, None)
+        if step is None:
             return
         plan = Plan(step, self.pool, self.routed)
-        plan.begin()
-        self.current.adds = None if plan.is_base else plan
+        plan.begin(None if first_pass is None else partial(first_pass, self.stack))
+        self._act(step, None if plan.is_base else plan)
+
+    def _act(self, step: Step | None, plan: Plan | None) -> None:
+        self.current.adds = plan
+        if self.experts is not None:
+            self.experts.step = step
 
     def attribution(self, handle: int) -> Attribution | None:
         """Who served an adapter's tokens in the last step."""

@@ -6,9 +6,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BASE = 0  # the handle of the base model
+
+# Runs the model's stack of layers over a step's tokens, with a cache of its own -> last hidden states (..., D).
+FirstPass = Callable[[nn.Module], Tensor]
 
 
 class Span(NamedTuple):

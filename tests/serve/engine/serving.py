@@ -18,7 +18,7 @@ from molex_serve.engine.base import Engine, Event, Request, Sampling
 from molex_serve.engine.continuous import ContinuousEngine
 from molex_serve.errors import BadRequest
 from molex_serve.model.routed import Attribution
-from molex_serve.model.step import Step
+from molex_serve.model.step import FirstPass, Step
 from molex_serve.settings import EngineSettings
 from tests.models import tiny
 
@@ -51,7 +51,7 @@ class Adapted:
         self._always: tuple[int, int | None] | None = None
         embeddings.register_forward_hook(self._add)
 
-    def begin_step(self, step: Step | None) -> None:
+    def begin_step(self, step: Step | None, first_pass: FirstPass | None = None) -> None:
         self._now = step
         if step is not None:
             self.steps.append(step)

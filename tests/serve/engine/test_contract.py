@@ -5,6 +5,7 @@ A new release of transformers: run these, mend the bridge where they fail, then 
 
 import inspect
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,6 +53,9 @@ SIGNATURES: dict[Any, list[str]] = {
     cache.PagedAttentionCache.mark_complete_blocks: ["self", "state", "complete_blocks"],
     cache.PagedAttentionCache.update: ["self", "key_states", "value_states", "layer_idx", "kwargs"],
     cache.PagedAttentionCache.compute_free_capacity: ["self", "relative"],
+    cache_allocator.CacheAllocator.register_cache_tensor: [
+        *("self", "bytes_per_sector", "non_trash_bytes", "cache_tensor", "pool")
+    ],
     cache_allocator.compute_block_hash: ["parent_hash", "tokens"],
     model_runner.infer_max_single_request_tokens: ["cache"],
     model_runner.ModelRunner.supports_logits_to_keep: ["self", "model"],
@@ -104,6 +108,28 @@ def test_engines_share_no_state() -> None:
     assert first.scheduler.places is not second.scheduler.places
     assert first.cache.search_prefix_match is not second.cache.search_prefix_match
     assert cache.PagedAttentionCache.search_prefix_match.__module__.startswith("transformers")
+
+
+def test_a_second_cache_lies_under_the_same_pages() -> None:
+    """And nothing moves pages without it: they are copied for forks and to the host's memory alone."""
+    manager = Adapted().engine(replace(CHUNKED, two_passes=True)).manager
+    processor = manager.batch_processor
+    assert processor is not None
+    ours, first = processor.cache, manager.stepped.first_cache
+    assert first is not None
+    index = torch.arange(60, 63)
+    inputs: dict[str, Any] = {"read_index": [index], "write_index": [index]}
+    for layer in range(2):
+        rows = torch.full((1, 2, 3, 8), layer + 1.0)
+        given = {**inputs, "cu_seq_lens_k": {"full_attention": index}, "max_length_k": {"full_attention": 3}}
+        keys, values = first.update(rows, -rows, layer, given)
+        assert torch.equal(keys, rows)
+        assert torch.equal(values, -rows)
+    assert not ours.cache_tensor.any()
+    assert len(first.cache_tensor.view(torch.float32).nonzero()) == 2 * 2 * rows.numel()
+    assert first.cache_allocators["full_attention"].block_table is ours.cache_allocators["full_attention"].block_table
+    assert processor.cb_config.cpu_offload_space == 0
+    assert "num_children" not in inspect.getsource(Manager)
 
 
 def test_settings_of_a_request_survive_forks_and_fresh_starts() -> None:

@@ -5,6 +5,7 @@ This is for GPUs. Here a processor plays one: steps are computed at once, and wh
 
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from transformers.generation.continuous_batching import continuous_api, input_ou
 from molex.workbench.tokenizer import EOS, VOCABULARY_SIZE
 from molex_serve.engine.base import Request, Sampling
 from molex_serve.engine.continuous import ContinuousEngine
+from molex_serve.model.served import ServedModel
 from tests.models import tiny
+from tests.serve.adapters_of import own_model, save_mixture
 from tests.serve.engine.serving import (
     CHUNKED,
     CRAMPED,
@@ -26,6 +29,7 @@ from tests.serve.engine.serving import (
     running,
     serve,
     submit,
+    tokenizer,
 )
 from tests.serve.engine.test_grammar import asking, conforms
 
@@ -72,6 +76,21 @@ def test_fresh_starts_while_a_step_is_in_flight() -> None:
     once = sum(len(request.prompt_ids) + request.sampling.max_tokens for request in requests)
     assert adapted.num_fed > once, "nothing was preempted: this test shows nothing"
     assert found == [adapted.generate(request) for request in requests]
+
+
+def test_first_passes(tmp_path: Path) -> None:
+    save_mixture("xlora", tiny("llama"), tmp_path)
+    served = ServedModel(tiny("llama"))
+    xlora = served.attach(served.read(str(tmp_path / "xlora"), two_passes=True))
+    requests = [greedy(str(i), 3 + 5 * i % 29, xlora * (i % 3 > 0), new=14, seed=i) for i in range(8)]
+    models = {0: tiny("llama"), xlora: own_model("xlora", tmp_path)}
+    with running(ContinuousEngine(served, tokenizer(), replace(CRAMPED, two_passes=True), overlap=True)) as engine:
+        found = serve(engine, requests)
+    for request, tokens in zip(requests, found, strict=True):
+        ids = torch.tensor([request.prompt_ids])
+        with torch.no_grad():
+            whole = models[request.handle].generate(ids, max_new_tokens=14, do_sample=False)  # type: ignore[operator]
+        assert tokens == whole[0, ids.shape[1] :].tolist()
 
 
 def test_draws_and_logprobs_as_without_overlap() -> None:

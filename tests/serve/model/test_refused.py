@@ -68,7 +68,7 @@ def test_what_is_trained_whole_cannot_share_a_batch(tmp_path: Path) -> None:
 
 
 def test_methods_that_need_the_whole_model(tmp_path: Path) -> None:
-    refused(save_mixture("xlora", tiny("llama"), tmp_path), "first pass")
+    refused(save_mixture("xlora", tiny("llama"), tmp_path), "first pass over the base, which takes a second cache")
     refused(save_mixture("mixlora", tiny("opt"), tmp_path), "beside the block", "opt")
 
 

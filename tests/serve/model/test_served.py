@@ -27,14 +27,15 @@ def texts(count: int) -> Tensor:
 
 
 def attach(served: ServedModel, folder: Path, names: tuple[str, ...]) -> dict[str, int]:
-    return {name: served.attach(served.read(str(folder / name))) for name in names if name != "base"} | {"base": BASE}
+    read = {name: served.read(str(folder / name), two_passes=True) for name in names if name != "base"}
+    return {"base": BASE} | {name: served.attach(adapter) for name, adapter in read.items()}
 
 
 def logits(served: ServedModel, handles: dict[str, int], rows: list[str], ids: Tensor) -> Tensor:
     """Each row of ids (B, S) by the adapter named for it."""
     spans = [Span(handles[name], i * LENGTH, (i + 1) * LENGTH, TASKS.get(name)) for i, name in enumerate(rows)]
-    served.begin_step(Step.of(tuple(spans), torch.device("cpu")))
     with torch.no_grad():
+        served.begin_step(Step.of(tuple(spans), torch.device("cpu")), lambda stack: stack(ids)[0])
         found = served.model(ids).logits
     served.begin_step(None)
     return found

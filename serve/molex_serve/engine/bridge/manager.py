@@ -16,6 +16,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 
+from molex_serve.engine.bridge.first import first_cache
 from molex_serve.engine.bridge.rows import SteppedModel, StepRows, live_of
 from molex_serve.engine.bridge.scheduler import NAME, FairScheduler
 from molex_serve.engine.common import AdaptedModel
@@ -141,10 +142,14 @@ class Manager(ContinuousBatchingManager):
         scheduler.begin = self.roster.begin
         scheduler.leave = lambda live: self.roster.finish(live, "cancelled")
         self._salt_prefixes(processor.cache, scheduler)
+        caches: list[Any] = [processor.cache]  # their `update` is wrapped, which hides their type
+        if self.settings.two_passes:
+            self.stepped.first_cache = first_cache(processor.cache)
+            caches.append(self.stepped.first_cache)
         width = page_width(config)
         if width is not None:
-            cache: Any = processor.cache  # its `update` is wrapped, which hides its type
-            cache.update = padded(cache.update, width)
+            for cache in caches:
+                cache.update = padded(cache.update, width)
         return processor
 
     def _salt_prefixes(self, cache: PagedAttentionCache, scheduler: FairScheduler) -> None:

@@ -1,11 +1,13 @@
 """What a step carries beside its tokens: by which adapter each is computed, and how each new one is drawn."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.requests import FutureRequestState, RequestState
 
@@ -114,19 +116,27 @@ class SteppedModel(nn.Module):
 
     model: PreTrainedModel
 
+    first_cache: PagedAttentionCache | None = None  # of the first pass
+
     def __init__(self, served: AdaptedModel, rows: StepRows):
         super().__init__()
         self.served, self.model, self.rows = served, served.model, rows
 
     def forward(self, **inputs: Any) -> Any:
         num_tokens = inputs["input_ids"].shape[1]
-        self.served.begin_step(self.rows.step(inputs["logits_processor_args"], num_tokens))
+        step = self.rows.step(inputs["logits_processor_args"], num_tokens)
+        self.served.begin_step(step, None if self.first_cache is None else partial(self._first_pass, inputs))
         try:
             outputs = self.model(**inputs)
         finally:
             self.served.begin_step(None)
         self.rows.note_experts(self.served.attribution)
         return outputs
+
+    def _first_pass(self, inputs: dict[str, Any], stack: nn.Module) -> Tensor:
+        """(1, T, D) last hidden states."""
+        whole = {name: value for name, value in inputs.items() if name != "logits_to_keep"}
+        return stack(**{**whole, "cache": self.first_cache})[0]
 
     def _supports_logits_to_keep(self) -> bool:
         return keeps_logits(self.model)
