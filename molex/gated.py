@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from molex.experts.lora import LoRABank, everyone
 from molex.ffn import NarrowLinear, WidenLinear
@@ -125,33 +125,56 @@ def join(module: nn.Module, widen: list[WidenLinear], narrow: NarrowLinear) -> G
 
 def _gated_names(module: nn.Module) -> tuple[str, str, str, str] | None:
     """What a module calls its gate, up, down and activation, if its forward is down(act(gate(x)) * up(x))."""
+    made: list[_Value] = []
+    x = _Value(made)
     try:
-        graph = _Submodules().trace(module)
-    except Exception:  # noqa: BLE001 (a forward that cannot be traced fails in any way, and is another kind of block)
+        y = type(module).forward(_Seen(module, made), x)
+    except Exception:  # noqa: BLE001 (a forward that does anything else fails in any way, and is another kind of block)
         return None
-    x, *_, output = graph.nodes
-    down = output.args[0]
-    product = _argument(down)
-    if len(graph.nodes) != 7 or product is None or product.target is not operator.mul:
+    if len(made) != 6 or not isinstance(y, _Value):
         return None
-    activated, up = product.args
+    product = _argument(y)
+    if product is None or len(product.of) != 2:
+        return None
+    activated, up = product.of
     gate = _argument(activated)
-    if _argument(up) is not x or _argument(gate) is not x:
+    if gate is None or _argument(up) is not x or _argument(gate) is not x:
         return None
-    return gate.target, up.target, down.target, activated.target
+    return gate.called, up.called, y.called, activated.called
 
 
-def _argument(node: Any) -> Any:
-    """What a call of a submodule is given, where that is one thing."""
-    is_call = isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs
-    return node.args[0] if is_call else None
+class _Value:
+    """x, or what a forward made of it: by calling a submodule on one value, or as a product of two."""
+
+    def __init__(self, made: list["_Value"], *of: "_Value", called: str = ""):
+        self.made, self.of, self.called = made, of, called
+        made.append(self)
+
+    def __mul__(self, other: "_Value") -> "_Value":
+        return _Value(self.made, self, other)
 
 
-class _Submodules(fx.Tracer):
-    """Looks into a module and into none that it holds."""
+def _argument(value: _Value) -> _Value | None:
+    """What a submodule was called on, where this came of it."""
+    return value.of[0] if value.called else None
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+
+class _Seen:
+    """A module as its forward sees itself: a call of a submodule is noted, not made. Nothing else is touched, so that
+    others may run their models meanwhile; torch.fx replaces the calls of all modules while it traces one."""
+
+    def __init__(self, module: nn.Module, made: list[_Value], name: str = ""):
+        self._module, self._made, self._name = module, made, name
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if isinstance(found, nn.Module):
+            return _Seen(found, self._made, f"{self._name}.{name}".lstrip("."))
+        return found
+
+    def __call__(self, value: _Value) -> _Value:
+        assert self._name, "it calls itself"
+        return _Value(self._made, value, called=self._name)
 
 
 def _name_of(act: nn.Module) -> str | None:

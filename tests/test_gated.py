@@ -1,6 +1,7 @@
 """Feed-forward modules that compute at once: the same as their layers one by one, and only where nobody minds."""
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -8,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import molex
 from molex.gated import GatedForward
@@ -244,3 +246,23 @@ def test_a_layer_that_someone_put_there_later_is_called() -> None:
     mlp.down_proj = Watching(mlp.down_proj)
     torch.testing.assert_close(model(IDS).logits, expected)
     assert seen
+
+
+def test_others_run_their_models_while_one_is_converted() -> None:
+    """A server loads a mixture while its engine computes: looking at a block must not touch modules elsewhere."""
+    found: list[Tensor] = []
+
+    model = tiny("llama")
+    other, x = nn.Linear(4, 4), torch.ones(1, 4)
+
+    def forward(self: nn.Module, hidden: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: found.append(other(x)))
+        thread.start()
+        thread.join()
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+    with patch.object(LlamaMLP, "forward", forward):
+        molex.convert(model, molex.preset("mixlora", num_experts=4, rank=4))
+        assert len(blocks(model)) == 2
+    assert len(found) == 2
+    assert torch.equal(found[0], other(x))
