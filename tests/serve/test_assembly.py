@@ -32,10 +32,11 @@ def adapters(folder: Path) -> dict[str, str]:
         model = peft.get_peft_model(load_base(), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
         fill(model, "lora_B", name)
         model.save_pretrained(str(folder / name))
-    mixture = molex.convert(load_base(), molex.preset("mixlora", num_experts=3, rank=2))
-    wake_experts(mixture.model)
-    mixture.save(folder / "routed")
-    return {name: str(folder / name) for name in ("law", "code", "routed")} | {"both": "law:0.5+code:-0.5"}
+    for name, method in (("routed", "mixlora"), ("looking", "xlora")):
+        mixture = molex.convert(load_base(), molex.preset(method, num_experts=3, rank=2))
+        wake_experts(mixture.model)
+        mixture.save(folder / name)
+    return {name: str(folder / name) for name in ("law", "code", "routed", "looking")} | {"both": "law:0.5+code:-0.5"}
 
 
 def text_of(model: torch.nn.Module) -> str:
@@ -50,7 +51,7 @@ def text_of(model: torch.nn.Module) -> str:
 def test_every_kind_over_http(static: bool, tmp_path: Path) -> None:
     folders = adapters(tmp_path)
     settings = ServerSettings(port=0, adapter_root=str(tmp_path), drain_seconds=2)
-    engine = EngineSettings(cache_tokens=512)
+    engine = EngineSettings(cache_tokens=512, two_passes=not static)
     assembly = assemble(load_base(), load_tokenizer(), folders, server=settings, engine=engine, static=static)
     server = Server(assembly.app, settings, log_level="critical")
     thread = threading.Thread(target=server.run, daemon=True)
@@ -82,9 +83,9 @@ def test_every_kind_over_http(static: bool, tmp_path: Path) -> None:
         thread.join(20)
     assert not thread.is_alive()
     for line in (
-        "molex_adapter_loads_total 4.0",
+        "molex_adapter_loads_total 5.0",
         'molex_adapter_hits_total{residency="device"} 3.0',
-        "molex_adapters_resident 4.0",
+        "molex_adapters_resident 5.0",
         "molex_adapter_columns_total 4096.0",
         'molex_queue_seconds_count{adapter="law"} 1.0',
     ):
@@ -92,7 +93,8 @@ def test_every_kind_over_http(static: bool, tmp_path: Path) -> None:
     merged = {n: peft.PeftModel.from_pretrained(load_base(), folders[n]).merge_and_unload() for n in ("law", "code")}
     assert found["base"] == text_of(load_base())
     assert {name: found[name] for name in merged} == {name: text_of(model) for name, model in merged.items()}
-    assert found["routed"] == text_of(molex.load(load_base(), folders["routed"]).model)
+    for name in ("routed", "looking"):
+        assert found[name] == text_of(molex.load(load_base(), folders[name]).model), name
     base, both = dict(load_base().named_parameters()), copy.deepcopy(merged["law"])
     with torch.no_grad():
         for name, parameter in both.named_parameters():
