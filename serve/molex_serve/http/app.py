@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from molex_serve.engine.base import Engine
 from molex_serve.errors import Unavailable
 from molex_serve.http import adapters as administration
-from molex_serve.http import chat, completions, health, metrics, models
+from molex_serve.http import chat, completions, health, metrics, models, playground
 from molex_serve.http.auth import require_admin, require_key
 from molex_serve.http.face import Face
 from molex_serve.http.ports import Adapters
@@ -50,8 +50,8 @@ def create_app(
     for part in (completions, chat, models):
         app.include_router(part.router, dependencies=[Depends(require_key)])
     app.include_router(administration.router, dependencies=[Depends(require_admin)])
-    app.include_router(health.router)
-    app.include_router(metrics.router)
+    for part in (health, metrics, playground):
+        app.include_router(part.router)
     return app
 
 
