@@ -25,6 +25,7 @@ from molex_serve.engine.common import AdaptedModel, RosterEngine, keeps_logits
 from molex_serve.engine.logprobs import Logprobs
 from molex_serve.engine.roster import Live
 from molex_serve.engine.sampling import Row, draw, pack
+from molex_serve.errors import ServeError
 from molex_serve.model.step import BASE, Span, Step
 from molex_serve.settings import EngineSettings
 
@@ -110,7 +111,11 @@ class StaticEngine(RosterEngine):
         self._num_adapters = len({sequence.live.request.handle for sequence in self._running} - {BASE})
         self._num_steps += bool(self._running)
         for sequence in tuple(self._running):
-            self._advance(sequence)
+            try:
+                self._advance(sequence)
+            except ServeError as error:  # of this request alone
+                self._running.remove(sequence)
+                self.roster.finish(sequence.live, "error", str(error))
 
     def _let_go(self) -> None:
         leaving = [sequence for sequence in (*self._running, *self._waiting) if sequence.live.leaving]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from molex_serve.errors import BadAdapter
 from molex_serve.model.columns import ColumnPool
 from molex_serve.model.linear import Adds, Block, Current
 from molex_serve.model.routed import RoutedAdapter
@@ -45,6 +46,8 @@ class Plan(Adds):
                 own.adapter.decide(hidden_TD[own.rows])
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        if len(x) != len(self.step.handles):
+            return self._over_cache(name, x, y)
         if self.batches is not None and name in self.pool.sites:
             self.pool.sites[name].add(self.batches, x, y)
         for adapter, rows in self.own.values():
@@ -66,6 +69,15 @@ class Plan(Adds):
                 parts.append((rest, base(x[rest][None])[0]))
         y = parts[0][1].new_empty(len(x), parts[0][1].shape[1])
         return y.index_copy_(0, torch.cat([rows for rows, _ in parts]), torch.cat([part for _, part in parts]))
+
+    def _over_cache(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Latent attention may expand all that it has cached again: every row is the step's one request's. Raises
+        BadAdapter for a mixture, whose routers decided when those tokens came."""
+        (span,) = self.step.spans
+        if span.handle in self.own and name in self.own[span.handle].adapter.layers:
+            raise BadAdapter(f"{name} is computed over cached tokens again, for which nobody routes: serve it in pages")
+        whole = Step.of((span._replace(start=0, stop=len(x)),), x.device)
+        return Plan(whole, self.pool, {}).add(name, x, y)
 
     def without(self, handles: frozenset[int]) -> "Plan":
         """The plan of the other tokens alone."""
