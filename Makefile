@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= python3
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint compare gpu clean
+.PHONY: demo test lint compare soak gpu clean
 
 demo: $(READY)
 	$(BIN)/molex demo --out runs/demo
@@ -18,6 +18,9 @@ test: $(READY)
 
 compare: $(READY)
 	$(BIN)/python recipes/compare_methods.py
+
+soak: $(READY)
+	$(BIN)/python -m benchmarks.soak
 
 # on a GPU machine, whose own torch is for its CUDA: no environment is made
 gpu:

@@ -1,0 +1,1 @@
+"""Random traffic over real HTTP against a whole server, every answer checked against each adapter alone."""
