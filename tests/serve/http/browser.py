@@ -131,3 +131,14 @@ class Page:
         notes too."""
         logged = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
         return [message for message in logged if "Failed to load resource" not in message]
+
+
+@contextmanager
+def opened(driver: webdriver.Chrome, url: str) -> Iterator[Page]:
+    """A fresh page, which says nothing to any other server and breaks no rule of its own, whatever is done with it."""
+    page = Page(driver, url)
+    page.open()
+    page.wait(page.rows)
+    yield page
+    assert page.foreign() == set()
+    assert page.complaints() == []

@@ -1,4 +1,4 @@
-"""The playground's routes, headers and files. What it does is seen in a browser: test_playground_in_browser.py."""
+"""The playground's routes, headers, files and colours. What it does is seen in a browser, in two files beside this."""
 
 import itertools
 import math
