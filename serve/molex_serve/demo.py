@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 import molex
 from molex.workbench import dataset, load_base, load_tokenizer
+from molex.workbench.data import question_and_answer
 from molex.workbench.training import Run, fit
 
 SKILLS = ("upper", "reverse", "vowels")
@@ -46,9 +47,11 @@ def train_skill(folder: Path, skill: str) -> None:
 
 
 def train_mixture(folder: Path) -> None:
-    """Experts are the adapters, frozen; a gate in every linear learns whom to ask."""
+    """Experts are the adapters, frozen; a gate in every linear starts from a few prompts of each, and learns."""
     torch.manual_seed(0)
-    adapters = {skill: folder / skill for skill in SKILLS}
-    mixture = molex.from_peft(load_base(), adapters, router="topk")
-    fit(mixture, load_tokenizer(), dataset(SKILLS, "train", STEPS * ROWS), Run(steps=STEPS, batch_size=ROWS))
+    model, tokenizer = demo_model()
+    mixture = molex.from_peft(model, {skill: folder / skill for skill in SKILLS}, router="lora-mixer")
+    questions = {skill: [question_and_answer(row)[0] for row in dataset([skill], "train", 40)] for skill in SKILLS}
+    molex.gates_from_prompts(mixture, tokenizer, questions)
+    fit(mixture, tokenizer, dataset(SKILLS, "train", STEPS * ROWS), Run(steps=STEPS, batch_size=ROWS))
     mixture.save(folder / MIXTURE)
