@@ -19,7 +19,7 @@ from torch import Tensor
 from molex.checks import listed
 from molex.errors import CheckpointError, TargetError
 from molex.esft.layers import ExpertLayer, ExpertWeights
-from molex.io.files import read_json, read_tensors, staged, write_json
+from molex.io.files import check_numbers, read_json, read_tensors, staged, write_json
 
 CONFIG_FILE, TENSOR_FILE = "expert_cfg.json", "model.safetensors"
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -133,10 +133,9 @@ def _expert(place: str, matrices: Mapping[str, Tensor]) -> ExpertWeights:
             f"{place} has gate_proj {tuple(gate.shape)}, up_proj {tuple(up.shape)}, down_proj {tuple(down.shape)}; "
             "give (I, H), (I, H), (H, I)"
         )
-    if not gate.is_floating_point() or not gate.dtype == up.dtype == down.dtype:
+    if not gate.dtype == up.dtype == down.dtype:
         raise CheckpointError(f"{place} is {gate.dtype}, {up.dtype}, {down.dtype}; give one floating-point type")
-    if not all(bool(matrix.isfinite().all()) for matrix in (gate, up, down)):
-        raise CheckpointError(f"{place} has values that are not finite: damaged, or training diverged")
+    check_numbers(place, gate, up, down)
     return ExpertWeights(torch.cat([gate, up]), down)
 
 

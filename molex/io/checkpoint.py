@@ -10,11 +10,14 @@ from torch import Tensor
 from molex.checks import listed
 from molex.distributed import put
 from molex.errors import CheckpointError
-from molex.io.files import Header, read_headers, read_json, read_tensors
+from molex.experts.shards import ShardBank
+from molex.io.files import FLOATS, Header, check_numbers, read_headers, read_json, read_tensors
 from molex.io.record import CONFIG_FILE, TENSOR_FILE, LayerRecord, MixtureRecord, check_version, digest, frozen_experts
 from molex.layer import MixtureLinear
 from molex.mixture import Mixture
 from molex.routers.staged import StagedRouter
+
+_BY_RANKS = (".expert_of_column", ".row_of_column")  # buffers that follow from the ranks
 
 
 def load_into(mixture: Mixture, path: str | Path) -> None:
@@ -73,6 +76,7 @@ def fill(mixture: Mixture, folder: Path) -> None:
     _check_tensors(own, headers, folder)
     tensors = read_tensors(folder / TENSOR_FILE)
     _check_values(own, tensors)
+    _check_indices(mixture, tensors)
     places = mixture.model.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
         put(places[name], tensor)
@@ -98,6 +102,12 @@ def _check_values(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     """Before anything is copied: nothing may be rounded, and what is one tensor here must be one there."""
     first_at: dict[int, str] = {}
     for name, tensor in tensors.items():
+        if own[name].dtype in FLOATS:
+            check_numbers(name, tensor)
+        elif tensor.dtype != own[name].dtype:
+            raise CheckpointError(f"{name} is {tensor.dtype} in the file and {own[name].dtype} in this model: damaged")
+        if name.endswith(_BY_RANKS) and not torch.equal(own[name].cpu(), tensor):
+            raise CheckpointError(f"{name} is not what the experts' ranks say: damaged")
         if torch.promote_types(tensor.dtype, own[name].dtype) != own[name].dtype:
             raise CheckpointError(
                 f"{name} is {tensor.dtype} in the file and {own[name].dtype} in this model, which would round it: "
@@ -106,6 +116,15 @@ def _check_values(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
         first = first_at.setdefault(own[name].data_ptr(), name)
         if first != name and not torch.equal(tensors[first], tensor):
             raise CheckpointError(f"{first} and {name} are one tensor in this model, but two in the file")
+
+
+def _check_indices(mixture: Mixture, tensors: dict[str, Tensor]) -> None:
+    """Of shards: what points outside of their pool would end whatever runs the model."""
+    for layer, bank in ((name, layer.experts) for name, layer in mixture.layers.items()):
+        if isinstance(bank, ShardBank):
+            for name in (f"{layer}.experts.index_A", f"{layer}.experts.index_B"):
+                if not 0 <= int(tensors[name].min()) <= int(tensors[name].max()) < len(bank.pool.pool_A):
+                    raise CheckpointError(f"{name} points outside of its pool: damaged")
 
 
 def set_names_and_stages(mixture: Mixture, record: MixtureRecord) -> None:

@@ -13,10 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
 from torch import Tensor
 
 from molex.errors import CheckpointError
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Header(NamedTuple):
@@ -78,7 +82,7 @@ def read_json(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged, it is not JSON: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path} is damaged: it holds a {type(document).__name__}, not an object")
@@ -87,24 +91,36 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_headers(path: Path) -> tuple[dict[str, Header], dict[str, str]]:
     """Each tensor's shape and dtype, and the file's own metadata. Raises CheckpointError as `read_tensors` does."""
-    with _opened(path) as file:
+    with _damage_named(path), safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         headers = {name: Header(tuple(s.get_shape()), str(s.get_dtype())) for name, s in slices.items()}
         return headers, file.metadata() or {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor, on the CPU. Raises CheckpointError where the file is missing, damaged, cut short or foreign."""
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    """Every tensor, on the CPU, in memory of its own: what is written into the file later changes none, where a mapped
+    one would follow, or end the process. By name, so that all processes have one order. Raises CheckpointError where
+    it is missing, damaged, cut short or foreign."""
+    with _damage_named(path):
+        return dict(sorted(load(path.read_bytes()).items()))
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _damage_named(path: Path) -> Iterator[None]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing")
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        yield
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged, cut short or no safetensors file: {error}") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path} has numbers of a kind that torch lacks: {error}") from error
+
+
+def check_numbers(place: str, *tensors: Tensor) -> None:
+    """Raises CheckpointError unless all are finite floating-point numbers, of types that can be computed with."""
+    for tensor in tensors:
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{place} is {tensor.dtype}; give floating-point numbers of 16 bits or more")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{place} has values that are not finite: damaged, or training diverged")

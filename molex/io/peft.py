@@ -10,6 +10,7 @@ Whatever a LoRA of the form scale · B A cannot express is refused by name (mole
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mode
@@ -23,7 +24,7 @@ from molex.checks import listed
 from molex.errors import CheckpointError
 from molex.experts import LoRA
 from molex.io.adapter import Adapter
-from molex.io.files import read_json, read_tensors, staged, write_json
+from molex.io.files import check_numbers, read_json, read_tensors, staged, write_json
 from molex.io.hub import local_folder
 from molex.io.peft_features import check_features
 
@@ -124,8 +125,7 @@ def _factors(layer: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any
         raise CheckpointError(
             f"{place} has A {tuple(A_RD.shape)} and B {tuple(B_OR.shape)}, its configuration says rank {rank}"
         )
-    if not (A_RD.isfinite().all() and B_OR.isfinite().all()):
-        raise CheckpointError(f"{place} has values that are not finite: damaged, or training diverged")
+    check_numbers(place, A_RD, B_OR)
     return LoRA(A_RD, B_OR, scale_of(layer, config))
 
 
@@ -139,19 +139,24 @@ def scale_of(layer: str, config: Mapping[str, Any]) -> float:
 def pattern_value(pattern: str, default: str, layer: str, config: Mapping[str, Any]) -> Any:
     """A linear's rank or alpha: of the first pattern, a regular expression, that its name ends in, or the default."""
     patterns = config.get(pattern) or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{CONFIG_FILE} has {pattern}={patterns!r}; it maps names of linears to numbers")
     try:
         matching = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)]
     except re.error as error:
         raise CheckpointError(f"{CONFIG_FILE} has a {pattern} that is no regular expression: {error}") from error
     value = [*matching, config.get(default)][0]
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max:
         raise CheckpointError(f"{CONFIG_FILE} has {default}={value!r} for {layer}; it must be a number above 0")
     return value
 
 
 def _check_whole(whole: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> None:
     """Raises CheckpointError on tensors that are neither LoRA's nor of a module the configuration says is saved."""
-    saved = tuple(config.get("modules_to_save") or ())
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
+        raise CheckpointError(f"{CONFIG_FILE} has modules_to_save={saved!r}; it lists names of modules")
     listed_or_resized = (*saved, *_RESIZED)
     stray = [key for key in whole if not any(f".{module}." in f".{key}" for module in listed_or_resized)]
     if stray:

@@ -50,6 +50,10 @@ class BaseRecord:
     included: bool = False
     quantization: str = ""
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.sizes, dict):
+            raise TypeError(f"{self.sizes!r} are no sizes of a base")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRecord:

@@ -109,6 +109,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another shape": (lambda f: rewrite(f, lambda t: t.update({GATE: torch.ones(23, 32)})), r"gate_proj \(23, 32\)"),
     "one row": (lambda f: rewrite(f, lambda t: t.update({GATE: torch.ones(32)})), r"gate_proj \(32,\)"),
     "whole numbers": (lambda f: rewrite(f, lambda t: t.update({GATE: torch.ones(24, 32).int()})), "floating-point"),
+    "8 bits": (
+        lambda f: rewrite(f, lambda t: t.update({n: m.to(torch.float8_e5m2) for n, m in t.items()})),
+        "of 16 bits or more",
+    ),
     "not a number": (lambda f: rewrite(f, lambda t: t[GATE].fill_(torch.nan)), "not finite"),
     "shared experts too": (
         lambda f: reconfigure(f, shared_experts=True),

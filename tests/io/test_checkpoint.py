@@ -14,6 +14,7 @@ import molex
 from molex import Mixture
 from molex.errors import CheckpointError
 from molex.io.checkpoint import load_into
+from molex.io.files import read_tensors
 from molex.io.record import digest
 from tests.io.mixtures import file_bytes, logits, of_preset, same, snapshot
 from tests.models import tiny
@@ -82,6 +83,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "expert_of_column is torch.float32 in the file and torch.int64",
     ),
+    "other indices": (
+        lambda f: change_tensors(f, lambda t: t["model.layers.0.mlp.up_proj.experts.expert_of_column"].add_(1 << 40)),
+        "expert_of_column is not what the experts' ranks say",
+    ),
+    "whole numbers": (lambda f: change_tensors(f, lambda t: t.update({A: t[A].int()})), f"{A} is torch.int32; give"),
+    "not a number": (lambda f: change_tensors(f, lambda t: t[A].fill_(torch.nan)), f"{A} has values that are not fin"),
+    "JSON without end": (lambda f: (f / CONFIG).write_text("[" * 100_000), f"{CONFIG} is damaged, it is not JSON"),
+    "sizes of a wrong kind": (lambda f: change_config(f, lambda d: d["base"].update(sizes="x")), "are no sizes"),
     "cut short": (lambda f: cut(f, TENSORS, 0.9), f"{TENSORS} is damaged, cut short or no safetensors file"),
     "cut in the header": (lambda f: cut(f, TENSORS, 0.01), f"{TENSORS} is damaged, cut short"),
     "empty tensors": (lambda f: cut(f, TENSORS, 0), f"{TENSORS} is damaged, cut short"),
@@ -131,6 +140,25 @@ def test_damaged_files_leave_model_and_disk_as_they_were(damage: str, folder: Pa
     harm, sentence = DAMAGES[damage]
     harm(folder)
     refused(tiny("llama"), folder, sentence)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1 << 40])
+def test_shards_outside_of_their_pool(wrong: int, tmp_path: Path) -> None:
+    of_preset("mos").save(tmp_path)
+    index = next(name for name in load_file(tmp_path / TENSORS) if name.endswith("index_B"))
+    change_tensors(tmp_path, lambda t: t[index].fill_(wrong))
+    refused(tiny("llama"), tmp_path, f"{index} points outside of its pool")
+
+
+def test_what_was_read_does_not_follow_its_file(tmp_path: Path) -> None:
+    """Of a file that is cut short, a mapped tensor would end the process."""
+    save_file({"b": torch.ones(5000), "a": torch.ones(3)}, tmp_path / TENSORS)
+    tensors = read_tensors(tmp_path / TENSORS)
+    (tmp_path / TENSORS).write_bytes(bytes(30_000))
+    assert all(bool(tensor.eq(1).all()) for tensor in tensors.values())
+    (tmp_path / TENSORS).write_bytes(b"")
+    assert tensors["b"].sum() == 5000
+    assert [*tensors] == ["a", "b"]
 
 
 def refused(model: torch.nn.Module, folder: Path, sentence: str) -> None:

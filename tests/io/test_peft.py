@@ -151,6 +151,15 @@ def retensor(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Non
     save_file(tensors, folder / TENSORS)
 
 
+def rekind(folder: Path, kind: str) -> None:
+    """Says that a file's one tensor has numbers of another kind, of one byte."""
+    save_file({"x": torch.zeros(4, dtype=torch.uint8)}, folder / TENSORS)
+    content = (folder / TENSORS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].replace(b'"U8"', f'"{kind}"'.encode()).rstrip()
+    (folder / TENSORS).write_bytes(len(header).to_bytes(8, "little") + header + content[8 + length :])
+
+
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
 
@@ -173,6 +182,15 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
         "no LoRA of a linear",
     ),
     "alpha 0": (lambda f: edit(f, lambda c: c.update(lora_alpha=0)), "lora_alpha=0 for .*must be a number above 0"),
+    "alpha without end": (lambda f: edit(f, lambda c: c.update(lora_alpha=float("inf"))), "lora_alpha=inf for"),
+    "alpha no number": (lambda f: edit(f, lambda c: c.update(lora_alpha=float("nan"))), "lora_alpha=nan for"),
+    "alpha of many digits": (lambda f: edit(f, lambda c: c.update(lora_alpha=10**400)), "a number above 0"),
+    "patterns in a list": (lambda f: edit(f, lambda c: c.update(alpha_pattern=[1])), r"alpha_pattern=\[1\]; it maps"),
+    "modules no list": (lambda f: edit(f, lambda c: c.update(modules_to_save=5)), "modules_to_save=5; it lists"),
+    "modules no names": (lambda f: edit(f, lambda c: c.update(modules_to_save=[5])), r"modules_to_save=\[5\]; it"),
+    "whole numbers": (lambda f: retensor(f, lambda t: t.update({A: t[A].int()})), "is torch.int32; give"),
+    "8 bits": (lambda f: retensor(f, lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)})), "of 16 bits or more"),
+    "a kind of the future": (lambda f: rekind(f, "F8_E8M0"), "numbers of a kind that torch lacks: 'F8_E8M0'"),
     "alpha a word": (lambda f: edit(f, lambda c: c.update(lora_alpha="high")), "lora_alpha='high'"),
     "no rank": (lambda f: edit(f, lambda c: c.pop("r")), "r=None for"),
     "a broken pattern": (lambda f: edit(f, lambda c: c.update(rank_pattern={"(": 3})), "no regular expression"),
