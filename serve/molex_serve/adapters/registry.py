@@ -67,7 +67,8 @@ class Alias:
 
 
 class Registry:
-    """The aliases of one server. reserved: names that are no adapters', as the base's own."""
+    """The aliases of one server. reserved: names that are no adapters', as the base's own, nor before a colon: clients
+    ask for "base:ALIAS" too."""
 
     def __init__(self, residency: Residency, reserved: Collection[str] = ()):
         self.residency, self.limits, self.reserved = residency, residency.limits, reserved
@@ -157,7 +158,8 @@ class Registry:
 
     def _check(self, alias: str, expected: str | None, pin: bool) -> None:
         """Whether an alias may come to name something else."""
-        if not NAMES.fullmatch(alias) or alias in self.reserved:
+        is_reserved = any(alias == name or alias.startswith(f"{name}:") for name in self.reserved)
+        if not NAMES.fullmatch(alias) or is_reserved:
             raise BadRequest(
                 f"{alias[:200]!r} cannot be an adapter's name: up to 200 letters, digits and _.:@/+-, and not "
                 f"{', '.join(map(repr, self.reserved)) or 'empty'}"

@@ -79,7 +79,7 @@ def test_unknown_names(make: Callable[..., World], name: str) -> None:
         registry.unload(name)
 
 
-@pytest.mark.parametrize("name", ["", "base", "../x", "a b", "a\n", "ä", "-a", "x" * 201])
+@pytest.mark.parametrize("name", ["", "base", "base:x", "../x", "a b", "a\n", "ä", "-a", "x" * 201])
 def test_names_that_cannot_be(make: Callable[..., World], name: str) -> None:
     world = make()
     world.write("a", "one")
