@@ -1,14 +1,17 @@
 """molex serve: one base and many adapters of every kind behind OpenAI's HTTP API."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from molex.commands.console import console
 from molex.errors import BackendError, ConfigError
 
-INSTALL = "molex serve needs more packages: pip install 'molex[serve]'"
+if TYPE_CHECKING:
+    from molex_serve.options import Start
 
 
 def serve(
@@ -30,30 +33,44 @@ def serve(
     dtype: Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16, float16.")] = "auto",
     two_passes: Annotated[bool, typer.Option("--two-passes", help="A second cache, which xlora takes.")] = False,
     static: Annotated[bool, typer.Option("--static", help="One request after another, without paging.")] = False,
+    replicas: Annotated[int, typer.Option(min=0, help="Engines under Ray, one a GPU; 0: this process, no Ray.")] = 0,
 ) -> None:
     """Serve a base and its adapters over HTTP."""
-    try:
-        from molex_serve.starting import Start, start
-    except ImportError as error:
-        raise BackendError(f"{INSTALL} ({error})") from error
+    from molex_serve.options import Start
+
     if bool(model) == demo:
         raise ConfigError("give a base with --model, or --demo")
-    start(
-        Start(
-            model=model,
-            adapters=adapter or [],
-            demo=out if demo else None,
-            host=host,
-            port=port,
-            name=name,
-            api_key=api_key,
-            admin_key=admin_key,
-            adapter_root=None if adapter_root is None else str(adapter_root),
-            resident=resident,
-            cache_tokens=cache_tokens,
-            dtype=dtype,
-            two_passes=two_passes,
-            static=static,
-        ),
-        console.print,
+    try:
+        begin = _starter(replicas)
+    except ImportError as error:
+        extra = "ray" if replicas else "serve"
+        raise BackendError(f"molex serve needs more packages: pip install 'molex[{extra}]' ({error})") from error
+    given = Start(
+        model=model,
+        adapters=adapter or [],
+        demo=out if demo else None,
+        host=host,
+        port=port,
+        name=name,
+        api_key=api_key,
+        admin_key=admin_key,
+        adapter_root=None if adapter_root is None else str(adapter_root),
+        resident=resident,
+        cache_tokens=cache_tokens,
+        dtype=dtype,
+        two_passes=two_passes,
+        static=static,
     )
+    begin(given, console.print)
+
+
+def _starter(replicas: int) -> "Callable[[Start, Callable[[str], object]], None]":
+    """Raises ImportError where its packages are missing."""
+    if not replicas:
+        from molex_serve.starting import start
+
+        return start
+    from molex_serve.scale.settings import Scaling
+    from molex_serve.scale.starting import start as start_cluster
+
+    return partial(start_cluster, Scaling(replicas=replicas))

@@ -2,7 +2,7 @@
 configuration, with the same arguments."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from ray import serve
 from ray.serve import Application
 
 from molex.errors import ConfigError
+from molex_serve.options import Start, named, server_settings
 from molex_serve.scale.cluster import DIRECTORY, ENGINE, INGRESS, DirectoryReplica, connect
 from molex_serve.scale.ingress import maker
 from molex_serve.scale.replica import Replica
 from molex_serve.scale.settings import Arguments, Scaling
-from molex_serve.starting import Start, adapters_of, server_settings
 
 logger = logging.getLogger("molex")
 NO_LIMIT = 1 << 20  # what an ingress and the directory work on at once: the engines' limits are those that count
@@ -34,12 +34,13 @@ def build(arguments: Arguments) -> Application:
         port=0,
     )
     scaling = Scaling(**arguments.model_dump(include={field.name for field in fields(Scaling)}))
-    return application(given, adapters_of(given, logger.info), scaling)
+    return application(given, scaling, logger.info)
 
 
-def application(given: Start, adapters: Mapping[str, str], scaling: Scaling) -> Application:
-    """given: of every engine; its host and port are not used. adapters: a source for each alias."""
-    given, adapters, settings = at_home(given), {k: absolute(v) for k, v in adapters.items()}, server_settings(given)
+def application(given: Start, scaling: Scaling, say: Callable[[str], object]) -> Application:
+    """given: of every engine; its host and port are not used."""
+    adapters, given = adapters_of(given, say), at_home(given)
+    settings = server_settings(given)
     stopping: dict[str, Any] = {
         "graceful_shutdown_timeout_s": settings.drain_seconds,
         "graceful_shutdown_wait_loop_s": STOPPING_SECONDS,
@@ -61,6 +62,16 @@ def application(given: Start, adapters: Mapping[str, str], scaling: Scaling) -> 
         ray_actor_options=idle(),
         **stopping,
     ).bind(engine, directory)
+
+
+def adapters_of(given: Start, say: Callable[[str], object]) -> dict[str, str]:
+    """A source for each alias. Only to make the demonstration's is there need of torch here."""
+    adapters = named(given.adapters)
+    if given.demo is not None:
+        from molex_serve import starting
+
+        adapters = starting.adapters_of(given, say)
+    return {alias: absolute(source) for alias, source in adapters.items()}
 
 
 def engines(scaling: Scaling) -> dict[str, Any]:

@@ -19,12 +19,11 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from molex_serve.errors import ServeError
-from molex_serve.http.face import Face
+from molex_serve.http.metrics import Metrics
+from molex_serve.options import Start
 from molex_serve.scale.exchange import Call, Head, exchange
-from molex_serve.scale.following import Follower
 from molex_serve.scale.ports import Figures
 from molex_serve.scale.table import Report, Table, first_table
-from molex_serve.starting import Start, prepare
 
 logger = logging.getLogger("molex")
 NEWS_SECONDS = 2.0  # how long a replica that missed a change may go on without it
@@ -34,11 +33,19 @@ class Replica:
     """adapters: what `given` names, as the directory starts with them. Ready once `check_health` has returned."""
 
     def __init__(self, given: Start, adapters: Mapping[str, str], directory: DeploymentHandle):
+        from molex_serve.scale.following import Follower  # not above: who deploys this needs no torch
+        from molex_serve.starting import prepare
+
         self._assembly = prepare(given, adapters)
-        self._face: Face = self._assembly.app.state.face
-        read, forget = self._assembly.served.read, self._face.metrics.forget
-        name, table = serve.get_replica_context().replica_tag, first_table(adapters)
-        self._follower = Follower(name, self._assembly.registry, table, read, given.adapter_root, forget)
+        self._metrics: Metrics = self._assembly.app.state.face.metrics
+        self._follower = Follower(
+            serve.get_replica_context().replica_tag,
+            self._assembly.registry,
+            first_table(adapters),
+            self._assembly.served.read,
+            given.adapter_root,
+            self._metrics.forget,
+        )
         self._changing = asyncio.Lock()
         self._directory = directory
         self._remember: Any = serve.multiplexed(max_num_models_per_replica=given.resident)(remember)
@@ -72,7 +79,7 @@ class Replica:
         return await asyncio.to_thread(self._follower.holdings)
 
     async def figures(self) -> Figures:
-        text = await asyncio.to_thread(self._face.metrics.text)
+        text = await asyncio.to_thread(self._metrics.text)
         return Figures(self._follower.name, text.decode())
 
     async def _begin(self) -> None:
