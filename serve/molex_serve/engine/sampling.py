@@ -135,4 +135,5 @@ def _top_p_edge(scores_WV: Tensor, top_p_W1: Tensor) -> Tensor:
     mass_WV = sorted_WV.softmax(dim=-1)
     before_WV = mass_WV.cumsum(dim=-1) - mass_WV
     number_W1 = (before_WV < top_p_W1).sum(dim=-1, keepdim=True)
-    return sorted_WV.gather(-1, number_W1 - 1).masked_fill(top_p_W1 >= 1, _NOTHING)
+    last_W1 = (number_W1 - 1).clamp(min=0)  # none is, where an adapter's logits are no numbers
+    return sorted_WV.gather(-1, last_W1).masked_fill(top_p_W1 >= 1, _NOTHING)

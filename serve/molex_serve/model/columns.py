@@ -39,15 +39,21 @@ class Factors(NamedTuple):
     B: Arena  # (slots, R, O), transposed
 
 
+def factor_dtype(linear: nn.Module) -> torch.dtype:
+    """In which factors beside a linear are kept: its own, or torch's where that is quantised."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+
+
 class Site:
     """One linear's factors. holders: handles of the adapters that change it."""
 
     def __init__(self, linear: nn.Module, num_columns: int):
-        sizes, weight = features(linear), linear.weight
+        sizes = features(linear)
         assert sizes is not None
-        assert isinstance(weight, Tensor)
         self.sizes, self.num_columns, self.device = sizes, num_columns, execution_device(linear)
-        self.dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+        self.dtype = factor_dtype(linear)
         self.by_rank: dict[int, Factors] = {}
         self.holders: set[int] = set()
 
@@ -112,8 +118,9 @@ class ColumnPool:
             for name, lora in adapter.factors.items():
                 if name not in self.sites:
                     self.sites[name] = Site(linears[name], self.num_columns)
-                self.sites[name].write(place, lora.A, lora.scale * lora.B)
-                self.sites[name].holders.add(handle)
+                site = self.sites[name]
+                site.write(place, lora.A, lora.scale * lora.B.to(site.dtype))
+                site.holders.add(handle)
         except Exception:
             self.remove(handle)
             raise

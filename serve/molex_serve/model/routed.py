@@ -59,7 +59,8 @@ class RoutedAdapter:
             _check_is_block(block, module, ffn)
         self.layers = {name: layer for name, layer in mixture.layers.items() if name not in ffn}
         for layer in self.layers.values():
-            layer.base = Given(layer.base)
+            if not isinstance(layer.base, Given):  # or it was resident before
+                layer.base = Given(layer.base)
         for layer in mixture.layers.values():
             _narrow_factors(layer)
         self.num_tasks = _num_tasks(mixture)

@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers.generation.continuous_batching import cache, continuous_api, input_outputs, model_runner, scheduler
+from transformers.generation.continuous_batching import (
+    cache,
+    continuous_api,
+    input_outputs,
+    model_runner,
+    scheduler,
+    utils,
+)
 from transformers.generation.continuous_batching.cache_allocators import cache_allocator
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.continuous_batching.requests import (
@@ -58,6 +65,7 @@ SIGNATURES: dict[Any, list[str]] = {
     ],
     cache_allocator.compute_block_hash: ["parent_hash", "tokens"],
     model_runner.infer_max_single_request_tokens: ["cache"],
+    utils.attn_mask_is_needed: ["config"],
     model_runner.ModelRunner.supports_logits_to_keep: ["self", "model"],
 }
 

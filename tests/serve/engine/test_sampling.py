@@ -54,6 +54,18 @@ def test_greedy_rows_are_untouched_beside_drawn_ones() -> None:
     assert alone.data_ptr() == logits_RV.data_ptr(), "greedy rows alone need no copy"
 
 
+@pytest.mark.parametrize("spoiled", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_end_nothing(spoiled: float) -> None:
+    """An adapter whose activations overflow has such; the rows beside it are what they are."""
+    logits_RV = logits(2)
+    logits_RV[0] = spoiled
+    for fields in ({"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.2}, {"presence_penalty": 1.0}):
+        rows = [row(replace(WARM, **fields)), row(replace(WARM, **fields), seed=2)]
+        tokens = drawn(logits_RV, rows)
+        assert 0 <= tokens[0] < VOCABULARY
+        assert tokens[1:] == drawn(logits_RV[1:], rows[1:])
+
+
 @pytest.mark.parametrize(
     ("fields", "theirs"),
     [

@@ -14,8 +14,10 @@ from molex_serve.adapters.content import generation_of
 from molex_serve.errors import BadAdapter, BadRequest, LoadBusy
 from molex_serve.model.served import ServedModel
 from molex_serve.settings import AdapterLimits
+from tests.esft.models import moe
 from tests.models import mixture_of, tiny
 from tests.serve.adapters_of import save_blend, save_lora, save_mixture
+from tests.serve.expert_swaps import save_swap
 
 
 def refused(path: Path, match: str, architecture: str = "llama", limits: AdapterLimits | None = None) -> None:
@@ -47,6 +49,44 @@ def test_damaged_files(tmp_path: Path) -> None:
     refused(law, "without lora_B")
     (law / "adapter_model.safetensors").write_bytes(b"not tensors")
     refused(law, "adapter_model.safetensors")
+
+
+def test_factors_that_the_base_cannot_hold(tmp_path: Path) -> None:
+    """They are finite numbers on disk, and infinite where they are served."""
+    law = save_lora("law", tiny("llama"), tmp_path)
+    save_lora("code", tiny("llama"), tmp_path)
+    (save_blend(tmp_path) / "blend.json").write_text(json.dumps({"adapters": {"../law": 1e308, "../code": 1}}))
+    refused(tmp_path / "blend", "float32 cannot hold at its scale of 1.0")
+    half = ServedModel(tiny("llama").half())
+    assert half.read(str(law)).kind == "lora"
+    config = json.loads((law / "adapter_config.json").read_text())
+    (law / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1e6}))
+    with pytest.raises(BadAdapter, match="float16 cannot hold at its scale of 250000"):
+        half.read(str(law))
+    (law / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1e308}))
+    refused(law, "float32 cannot hold")
+
+
+@pytest.mark.parametrize("kind", ["lora", "mixture", "esft"])
+def test_files_that_change_while_they_are_read(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read might be served under the name of what came after it."""
+    model = moe("mixtral") if kind == "esft" else tiny("llama")
+    save = {"lora": save_lora, "mixture": save_mixture, "esft": save_swap}[kind]
+    folder = save("mola" if kind == "mixture" else "law", model, tmp_path)
+    served, module = ServedModel(moe("mixtral") if kind == "esft" else tiny("llama")), f"molex_serve.adapters.{kind}"
+    before = served.read(str(folder)).generation
+
+    def later(found: Path) -> str:
+        config = next(found.glob("*.json"))
+        config.write_text(config.read_text() + "\n")
+        return generation_of(found)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{module}.generation_of", later)
+        with pytest.raises(BadAdapter, match="changed while it was read"):
+            served.read(str(folder))
+    if kind != "mixture":
+        assert served.read(str(folder)).generation != before
 
 
 def test_what_is_trained_whole_cannot_share_a_batch(tmp_path: Path) -> None:
@@ -98,7 +138,7 @@ def test_tasks_are_asked_for(tmp_path: Path) -> None:
     served.check_task(law, None)
 
 
-@pytest.mark.parametrize("share", [True, "much", float("nan")])
+@pytest.mark.parametrize("share", [True, "much", float("nan"), 10**400], ids=["bool", "text", "nan", "many digits"])
 def test_shares_of_a_blend(share: object, tmp_path: Path) -> None:
     save_lora("law", tiny("llama"), tmp_path), save_lora("code", tiny("llama"), tmp_path)
     blend = save_blend(tmp_path)

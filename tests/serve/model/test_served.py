@@ -1,9 +1,11 @@
 """A batch in which every row belongs to another adapter equals each of them alone, by its own library."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import molex
@@ -11,7 +13,17 @@ from molex_serve.model import batches
 from molex_serve.model.served import ServedModel
 from molex_serve.model.step import BASE, Span, Step
 from tests.models import VOCABULARY, tiny
-from tests.serve.adapters_of import LORAS, MIXTURES, TASKS, alone, save_everyone, save_lora, save_mixture
+from tests.serve.adapters_of import (
+    LORAS,
+    MIXTURES,
+    SHARES,
+    TASKS,
+    alone,
+    save_blend,
+    save_everyone,
+    save_lora,
+    save_mixture,
+)
 
 LENGTH = 6
 EVERYONE = ("base", *LORAS, "blend", *MIXTURES)
@@ -95,6 +107,34 @@ def test_detaching_gives_back_memory_and_leaves_the_others(folder: Path) -> None
     for handle in (handles["law"], handles["poem"], again):
         served.detach(handle)
     assert served.pool.committed_bytes() == 0
+
+
+def test_scales_of_half_precise_factors_are_not_rounded(tmp_path: Path) -> None:
+    """Over a base in float32, as PEFT has it; a third is no number of bfloat16."""
+    for name in SHARES:
+        path = save_lora(name, tiny("llama"), tmp_path) / "adapter_model.safetensors"
+        save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path)
+        config = json.loads((path.parent / "adapter_config.json").read_text())
+        (path.parent / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1.7}))
+    save_blend(tmp_path)
+    served = ServedModel(tiny("llama"))
+    handles = attach(served, tmp_path, ("base", "law", "blend"))
+    ids = texts(3)
+    found = logits(served, handles, ["law", "base", "blend"], ids)
+    for name, own, ids_S in zip(("law", "base", "blend"), found, ids, strict=True):
+        torch.testing.assert_close(own, alone(name, tmp_path, "llama", ids_S), atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_a_mixture_comes_back_as_it_was(folder: Path) -> None:
+    """However often: what stands for its bases does not pile up."""
+    served = ServedModel(tiny("llama"))
+    mola = served.read(str(folder / "mola"))
+    handle = served.attach(mola)
+    bases = {name: layer.base.base for name, layer in served.routed[handle].layers.items()}
+    served.detach(handle)
+    handle = served.attach(mola)
+    assert {name: layer.base.base for name, layer in served.routed[handle].layers.items()} == bases
+    check(served, {"base": BASE, "mola": handle}, ["base", "mola"], folder)
 
 
 def test_closing_gives_the_model_back(folder: Path) -> None:

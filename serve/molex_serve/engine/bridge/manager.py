@@ -15,11 +15,13 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.model_runner import infer_max_single_request_tokens
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+from transformers.generation.continuous_batching.utils import attn_mask_is_needed
 
 from molex_serve.engine.bridge.first import first_cache
 from molex_serve.engine.bridge.rows import SteppedModel, StepRows, live_of
 from molex_serve.engine.bridge.scheduler import NAME, FairScheduler
 from molex_serve.engine.common import AdaptedModel
+from molex_serve.engine.finite import finite
 from molex_serve.engine.mla import padded, page_width, sized_pages
 from molex_serve.engine.prefix import PrefixSalt
 from molex_serve.engine.roster import Live, Roster
@@ -147,9 +149,11 @@ class Manager(ContinuousBatchingManager):
             self.stepped.first_cache = first_cache(processor.cache)
             caches.append(self.stepped.first_cache)
         width = page_width(config)
-        if width is not None:
-            for cache in caches:
+        for cache in caches:
+            if width is not None:
                 cache.update = padded(cache.update, width)
+            if attn_mask_is_needed(self.model.config):
+                cache.update = finite(cache.update)
         return processor
 
     def _salt_prefixes(self, cache: PagedAttentionCache, scheduler: FairScheduler) -> None:
