@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from molex_serve.errors import BadRequest
 
+LONGEST_SCHEMA = 120_000  # characters, as in OpenAI's API: masks of larger ones would keep all others waiting
+
 
 class Matcher:
     """Follows one answer through its grammar. error: why it cannot any longer; from then on everything is allowed."""
@@ -56,6 +58,8 @@ class Grammars:
 
     def matcher(self, schema: str) -> Matcher:
         """Raises BadRequest where llguidance cannot follow it, or this tokenizer."""
+        if len(schema) > LONGEST_SCHEMA:
+            raise BadRequest(f"json_schema has {len(schema)} characters, at most {LONGEST_SCHEMA} are followed")
         vocabulary = self._opened()
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
@@ -64,7 +68,11 @@ class Grammars:
         reason = llguidance.LLMatcher.validate_grammar(grammar, vocabulary)
         if reason:
             raise BadRequest(f"json_schema cannot be followed: {reason}")
-        return Matcher(llguidance.LLMatcher(vocabulary, grammar), self.ends)
+        matcher = Matcher(llguidance.LLMatcher(vocabulary, grammar), self.ends)
+        matcher.allowed((), self.num_tokens)
+        if matcher.error:  # such as of what is defined by itself alone
+            raise BadRequest(f"json_schema cannot be followed: {matcher.error}")
+        return matcher
 
     def _opened(self) -> llguidance.LLTokenizer:
         with self._lock:

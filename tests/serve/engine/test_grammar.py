@@ -54,9 +54,18 @@ def test_answers_conform(settings: object) -> None:
     assert all(conforms(answer) for answer in answers)
 
 
-@pytest.mark.parametrize(
-    "schema", ['{"type": "unheard-of"}', "{", "[]", '{"$ref": "http://a/b"}', '{"not": {"type": "string"}}']
-)
+REFUSED = {
+    "an unheard-of type": '{"type": "unheard-of"}',
+    "half a document": "{",
+    "a list": "[]",
+    "a page elsewhere": '{"$ref": "http://a/b"}',
+    "what it cannot": '{"not": {"type": "string"}}',
+    "itself alone": '{"$ref": "#"}',
+    "a long one": json.dumps({"enum": ["x" * 99] * 2000}),
+}
+
+
+@pytest.mark.parametrize("schema", REFUSED.values(), ids=REFUSED)
 def test_schemas_that_cannot_be_followed_are_refused(schema: str) -> None:
     with pytest.raises(BadRequest, match="json_schema"):
         Grammars(tokenizer(), [EOS], VOCABULARY_SIZE).matcher(schema)
