@@ -22,12 +22,14 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
 
-WAITING_THREADS = 128  # for what waits: adapters that are being loaded, prompts that are being scored
+LEASING_THREADS = 128  # for requests that wait for their adapter's place
+WAITING_THREADS = 128  # for all else that waits, such as prompts that are being scored
 
 
 class Face:
     """Work that takes time goes to threads: one for the tokenizer, which is not to be shared, one that gives leases
-    back, which may wait for a step to end, and many that wait."""
+    back, which may wait for a step to end, and many that wait. Who waits for a place has threads apart: those who have
+    one need a thread to go on, and would never give it back."""
 
     mail: Mailbox  # onto the event loop, from its start on
 
@@ -39,10 +41,14 @@ class Face:
         self.metrics = Metrics(engine, adapters)
         self.gate = Gate()
         self.created = int(time.time())
+        self._leasing = ThreadPoolExecutor(LEASING_THREADS, "leasing")
         self._waiting = ThreadPoolExecutor(WAITING_THREADS, "waiting")
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self._releasing = ThreadPoolExecutor(1, "releasing")
         self._stopped = False
+
+    def leasing(self, name: str) -> "asyncio.Future[Lease]":
+        return asyncio.get_running_loop().run_in_executor(self._leasing, self.adapters.resolve, name)
 
     def waiting(self, function: Callable[[*Ts], R], *args: *Ts) -> "asyncio.Future[R]":
         return asyncio.get_running_loop().run_in_executor(self._waiting, function, *args)
@@ -67,7 +73,7 @@ class Face:
 
     async def close(self) -> None:
         """After the last response."""
-        for threads in (self._waiting, self._tokenizing, self._releasing):
+        for threads in (self._leasing, self._waiting, self._tokenizing, self._releasing):
             await asyncio.to_thread(threads.shutdown)
 
 

@@ -62,12 +62,12 @@ class Generation:
         """Gets the adapter, scores the prompts, hands all requests to the engine. Raises what these raise."""
         job, engine = self.job, self.face.engine
         if job.alias is not None:
-            await self._thread("lease", partial(self.face.adapters.resolve, job.alias), self._got_lease)
+            await self._needed("lease", self.face.leasing(job.alias), self._got_lease)
         self.timing.ready()
         handle = 0 if self._lease is None else self._lease.handle
         for place, prompt in enumerate(job.prompts if job.scored is not None else ()):
             score = partial(engine.score, prompt.ids, handle, job.task, job.scored or 0)
-            await self._thread(f"score-{place}", score, self._scores.append)
+            await self._needed(f"score-{place}", self.face.waiting(score), self._scores.append)
         self.timing.submitted()
         await self._submit([self._request(index, handle) for index in range(self._num_choices)])
         self._submitted = True
@@ -81,9 +81,9 @@ class Generation:
     def _num_choices(self) -> int:
         return len(self.job.prompts) * self.job.n if self.job.sampling is not None else 0
 
-    async def _thread(self, key: str, function: Callable[[], R], then: Callable[[R], object] | None = None) -> None:
-        """Runs something that needs the lease. A client that leaves stops the waiting, not the thread: what came of it
-        is still taken note of."""
+    async def _needed(self, key: str, future: "asyncio.Future[R]", then: Callable[[R], object] | None = None) -> None:
+        """Waits for a thread that needs the lease. A client that leaves stops the waiting, not the thread: what came of
+        it is still taken note of."""
 
         def done(future: "asyncio.Future[R]") -> None:
             if not future.cancelled() and future.exception() is None and then is not None:
@@ -93,7 +93,6 @@ class Generation:
             self._over(key)
 
         self._pending.add(key)
-        future = self.face.waiting(function)
         future.add_done_callback(done)
         await asyncio.shield(future)
 
@@ -129,7 +128,7 @@ class Generation:
                     mail.put(partial(self._never_ran, requests[index:]))
                     raise
 
-        await self._thread("submit", submit)
+        await self._needed("submit", self.face.waiting(submit))
 
     def _never_ran(self, requests: list[Request]) -> None:
         for request in requests:

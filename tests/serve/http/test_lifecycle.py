@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from molex.workbench import load_tokenizer
-from molex_serve.http import generation
+from molex_serve.http import face, generation
 from molex_serve.http.app import create_app
 from molex_serve.settings import ServerSettings
 from tests.serve.http.conftest import Running, serving, wait_for
@@ -103,6 +103,20 @@ def test_others_are_answered_while_an_adapter_loads(served: Running) -> None:
         assert not slow.done()
         served.adapters.ready.set()
         assert slow.result(10).status_code == 200
+
+
+def test_who_waits_for_a_place_keeps_nobody_who_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those who have one need a thread to go on, or they would never give it back."""
+    for name in ("LEASING_THREADS", "WAITING_THREADS"):
+        monkeypatch.setattr(face, name, 2)
+    with serving() as served, ThreadPoolExecutor() as pool:
+        served.adapters.ready.clear()
+        slow = [pool.submit(served.completion, model="law") for _ in range(4)]
+        wait_for(lambda: served.server.face.gate.inside == 4)
+        assert served.completion().status_code == 200
+        assert served.http.get("/metrics").status_code == 200
+        served.adapters.ready.set()
+        assert [job.result(10).status_code for job in slow] == [200] * 4
 
 
 def test_many_at_once_get_their_own_answers(served: Running) -> None:
