@@ -31,15 +31,19 @@ def page_of(folder: Path, name: str, *rows: dict[str, Any]) -> str:
     return made
 
 
-def test_the_page_is_current() -> None:
-    page = tables.PAGE.read_text()
+@pytest.mark.parametrize("path", tables.PAGES, ids=lambda path: path.name)
+def test_a_page_is_current(path: Path) -> None:
+    page = path.read_text()
     assert tables.render(page, tables.RESULTS) == page, "run `python -m benchmarks.tables`"
 
 
+@pytest.mark.parametrize("path", tables.PAGES, ids=lambda path: path.name)
+def test_a_page_has_all_its_tables(path: Path) -> None:
+    assert {match[2] for match in tables.MARKED.finditer(path.read_text())} == tables.PAGES[path].keys()
+
+
 def test_every_result_has_its_place() -> None:
-    marked = {match[2] for match in tables.MARKED.finditer(tables.PAGE.read_text())}
-    assert marked == tables.TABLES.keys()
-    assert {path.stem for path in tables.RESULTS.glob("*.jsonl")} <= marked
+    assert {path.stem for path in tables.RESULTS.glob("*.jsonl")} <= tables.TABLES.keys()
 
 
 def test_the_newest_row_of_a_configuration_counts(tmp_path: Path) -> None:
@@ -75,6 +79,20 @@ def test_peaks_over_lora(tmp_path: Path) -> None:
         "step_times_lora": {"lora, C": 1.0, "molex, dense": 0.8},
     }
     assert "| `mola` | 0.900 (0.800) |" in page_of(tmp_path, "memory", row)
+
+
+def test_serving_with_adapters_over_the_base(tmp_path: Path) -> None:
+    sizes = {"layers": 2, "hidden": 64, "rank": 16, "prompt": 8, "new": 4, "batch": 32, "requests": 12}
+    row = {"kind": "esft", "loop": "closed", "dtype": "float32", **sizes, "date": "2026-01-01T00:00:00", **MACHINE}
+    row |= {"served_over_base": {measure: ratio(1.5) for measure in ("ttft", "tpot", "whole", "cpu")}}
+    row |= {"tokens_per_second": {"base": 100.0, "served": 66.6}, "step_adapters": 4.2}
+    few = {**row, "adapters": 1, "step_experts": {"base": 8.0, "served": 9.25}}
+    many = {**few, "adapters": 20, "served_over_base": {m: ratio(2.5) for m in row["served_over_base"]}}
+    made = page_of(tmp_path, "serving_load", many, few)
+    four = " | ".join(["2.50 (2.40 to 2.60)"] * 4)
+    assert f"| 20 | 4.2 | 8.0 | 9.2 | {four} | 100 | 66.6 |" in made
+    assert made.index("| 1 | 4.2") < made.index("| 20 | 4.2")
+    assert "Some CPU, wall time, torch 2.13.0, commit abc, 2026-01-01, load 2." in made
 
 
 @pytest.mark.parametrize("name", [*tables.TABLES])

@@ -19,6 +19,7 @@ from benchmarks.soak.server import ALIASES
 
 REQUEST_SECONDS = 90.0  # longer than the server lets anybody wait for an adapter
 WRONG = "0" * 12  # no generation
+MOST_GONE = 2  # aliases that nobody has, before another is unloaded
 
 
 class Client:
@@ -142,7 +143,11 @@ class Administrator:
         while time.monotonic() < until and not self.known.faults:
             await asyncio.sleep(self.dice.uniform(0, 2 * self.pause))
             (action,) = self.dice.choices([*actions], [*actions.values()])
-            alias = self.dice.choice(ALIASES)
+            gone = [alias for alias in ALIASES if NOBODY in self.known.names.now(alias)]
+            if action == self.unload and len(gone) >= MOST_GONE:
+                action = self.load
+            wanted = gone if gone and action == self.load and self.dice.random() < 0.7 else ALIASES
+            alias = self.dice.choice(wanted)
             try:
                 async with asyncio.timeout(REQUEST_SECONDS), self.locks[alias]:
                     await action(alias)
