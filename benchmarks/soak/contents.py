@@ -26,6 +26,7 @@ SHARES = {"law": 0.6, "code": -0.4}
 MIXTURES: dict[str, dict[str, object]] = {
     "mixlora": {"num_experts": 3, "rank": 2},
     "mola": {"num_experts": 3, "rank": 3, "allocation": None},
+    "hydralora": {"num_experts": 3, "rank": 2},
     "mtlora": {"num_experts": 3, "rank": 2},
 }
 TASK = 1  # told to every adapter; `mtlora` is routed by it
