@@ -18,8 +18,8 @@ from molex_serve.assembly import assemble, parse_blend
 from molex_serve.engine.static import StaticEngine
 from molex_serve.errors import BadRequest
 from molex_serve.http.server import Server
+from molex_serve.options import named
 from molex_serve.settings import EngineSettings, ServerSettings
-from molex_serve.starting import named
 from tests.models import tiny, wake_experts
 from tests.serve.adapters_of import fill
 from tests.serve.http.conftest import wait_for
