@@ -19,7 +19,7 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("triton", "transformers", "peft", "scattermoe")
-MEASURED = ("molex", "benchmarks/*.py")  # what a row depends on: the library and who else is timed, not other rows
+MEASURED = ("molex", "serve", "benchmarks/*.py")  # what a row depends on: all that is timed, not other rows
 FEWEST_ROUNDS, FEWEST_WARMUPS = 10, 3
 
 

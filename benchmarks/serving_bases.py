@@ -63,7 +63,7 @@ def save_loras(base: PreTrainedModel, folder: Path, number: int, rank: int) -> l
     for index in range(number):
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.02)
+                torch.nn.init.normal_(parameter, std=0.1)
         folders.append(folder / str(index))
         model.save_pretrained(str(folders[-1]))
     return folders

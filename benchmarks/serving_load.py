@@ -119,19 +119,16 @@ def main() -> None:
     def make() -> PreTrainedModel:
         return kind.base(arguments.hidden, arguments.layers).to(arguments.device, dtype)
 
+    plain = make()
     with TemporaryDirectory() as folder:
-        folders = kind.save(make(), Path(folder), max(numbers), arguments.rank)
+        folders = kind.save(plain, Path(folder), max(numbers), arguments.rank)
         served = ServedModel(make(), limits_of(arguments, max(numbers)))
-        fixed = {
-            name: getattr(arguments, name)
-            for name in ("kind", "device", "dtype", "hidden", *SIZES)
-            if name != "threads"
-        }
+        fixed = {name: getattr(arguments, name) for name in FIXED}
         with running(make(), served, settings_of(arguments, max(numbers))) as ways:
             for number in sorted(numbers):
                 attach(ways["served"], served, folders[:number])
                 trace = at_once(arguments.batch, number, shape, seed=number)
-                check(kind, make(), folders[:number], trace, ways["served"].replay(trace))
+                check(kind, plain, folders[:number], trace, ways["served"].replay(trace))
                 closed = row_of(ways, trace, arguments.rounds)
                 report({**fixed, "loop": "closed", "adapters": number, **closed})
                 if arguments.load:
