@@ -35,6 +35,7 @@ class Processes:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         self._started: dict[str, psutil.Popen] = {}
+        self._children: list[psutil.Process] = []
 
     def run(self, command: str, folder: Path) -> str:
         done = subprocess.run(
@@ -58,13 +59,15 @@ class Processes:
         """Of what runs."""
         return [" ".join(one.cmdline()) for one in self._running()]
 
-    def stop(self, command: str) -> None:
-        """By SIGTERM, with all that it started."""
-        process = self._started.pop(command)
-        children = process.children(recursive=True)
+    def tell_to_stop(self, command: str) -> None:
+        process = self._started[command]
+        self._children = process.children(recursive=True)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(SECONDS) == 0
-        _, left = psutil.wait_procs(children, SECONDS)
+
+    def wait_until_stopped(self, command: str) -> None:
+        """Nothing that it had started when it was told to stop may be left."""
+        assert self._started.pop(command).wait(SECONDS) == 0
+        _, left = psutil.wait_procs(self._children, SECONDS)
         assert not left
 
     def __enter__(self) -> "Processes":

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 from molex_serve.scale.ingress import create_ingress
 from molex_serve.settings import ServerSettings
@@ -15,9 +16,9 @@ GONE = {"replica": None, "status": 503, "code": "unavailable", "message": "lost"
 
 
 @contextmanager
-def administrated(folder: Path) -> Iterator[tuple[Cluster, httpx.Client]]:
-    """The calls that other replicas would get are made in place."""
-    with Cluster(folder, {}) as cluster:
+def administrated(folder: Path, *started: str) -> Iterator[tuple[Cluster, httpx.Client]]:
+    """started: the adapters that the server is started with."""
+    with Cluster(folder, {name: str((folder / name).resolve()) for name in started}) as cluster:
         for name in ("law", "code"):
             cluster.write(name, f"{name}-1")
         ingress = create_ingress(cluster, cluster.directory, ServerSettings())  # type: ignore[arg-type]
@@ -45,6 +46,16 @@ def test_an_adapter_comes_and_goes(tmp_path: Path) -> None:
             "replicas": [{"replica": "r0", "status": 200}, GONE],
         }
         assert http.delete("/v1/adapters/team/law").status_code == 404
+
+
+@pytest.mark.parametrize("who", ["r0", "r1"])
+def test_where_an_adapter_is(who: str, tmp_path: Path) -> None:
+    with administrated(tmp_path, "law") as (cluster, http):
+        cluster.members[who].says("law")
+        (law,) = http.get("/v1/adapters").json()["data"]
+        assert (law["kind"], law["generation"], law["residency"], law["num_bytes"]) == ("lora", "law-1", "device", 10)
+        places = {one["replica"]: (one["generation"], one["residency"]) for one in law["replicas"]}
+        assert places == {"r0": (None, "disk"), "r1": (None, "disk")} | {who: ("law-1", "device")}
 
 
 def test_a_refusal_says_what_each_replica_said(tmp_path: Path) -> None:

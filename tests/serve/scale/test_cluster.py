@@ -256,17 +256,18 @@ def test_a_full_cluster_refuses_before_it_answers(cluster: Running) -> None:
 
 
 def test_a_new_replica_knows_what_the_lost_one_knew(cluster: Running) -> None:
+    """The directory, lost too, hears of it from the other one."""
     known = cluster.replicas("poem")
     (generation,) = {one["generation"] for one in known.values()}
     first = cluster.settled("poem")
     with cluster.streaming("poem") as events:
-        kill(cluster, first)
+        kill(cluster, "#Directory#", first)
         *_, error, done = events
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "unavailable"
     assert done == "data: [DONE]"
     until(lambda: len(cluster.replicas("poem").keys() - {first}) == 2)
     (new,) = cluster.replicas("poem").keys() - known.keys()
-    assert cluster.replicas("both") == {}
+    until(lambda: cluster.replicas("both") == {})
     with ExitStack() as streams:  # more than one replica takes
         for _ in range(ONGOING):
             streams.enter_context(cluster.streaming("poem"))
@@ -276,13 +277,15 @@ def test_a_new_replica_knows_what_the_lost_one_knew(cluster: Running) -> None:
     assert set(cluster.requests("poem")) == {new, *known} - {first}
 
 
-def kill(cluster: Running, replica: str) -> None:
+def kill(cluster: Running, *replicas: str) -> None:
+    """Named by a part of their names."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         ray.init(address=cluster.address, log_to_driver=False)
         try:
-            (found,) = [a for a in ray.util.list_named_actors(all_namespaces=True) if a["name"].endswith(replica)]
-            ray.kill(ray.get_actor(found["name"], namespace=found["namespace"]))
+            for replica in replicas:
+                (found,) = [a for a in ray.util.list_named_actors(all_namespaces=True) if replica in a["name"]]
+                ray.kill(ray.get_actor(found["name"], namespace=found["namespace"]))
         finally:
             ray.shutdown()
 
@@ -295,7 +298,7 @@ def test_it_ends_by_command(cluster: Running) -> None:
 
 
 def test_one_machine(tmp_path: Path) -> None:
-    """It has a Ray of its own, of which nothing is left."""
+    """It has a Ray of its own. Told to stop, it finishes what it has begun, and leaves nothing behind."""
     layout(tmp_path)
     (port,) = free_ports(1)
     with Processes() as processes:
@@ -306,4 +309,12 @@ def test_one_machine(tmp_path: Path) -> None:
             for name in ("base", "law", "code"):
                 answer = http.post("/v1/completions", json={"model": name, "prompt": "hello", "max_tokens": 4})
                 assert answer.status_code == 200, answer.text
-        processes.stop(command)
+            with http.stream("POST", "/v1/completions", json={"model": "law", "prompt": "hello", **LONG}) as answer:
+                lines = (line for line in answer.iter_lines() if line)
+                next(lines)
+                processes.tell_to_stop(command)
+                *events, done = lines
+        assert done == "data: [DONE]"
+        choices = [choice for event in events for choice in json.loads(event.removeprefix("data: "))["choices"]]
+        assert Counter(choice["finish_reason"] for choice in choices)["length"] == LONG["n"]
+        processes.wait_until_stopped(command)

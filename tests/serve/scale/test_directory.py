@@ -121,6 +121,16 @@ def test_compare_and_swap_of_what_was_there_from_the_start(cluster: Cluster) -> 
     assert cluster.say("law") == {"r0": "code-1", "r1": "code-1"}
 
 
+def test_compare_and_swap_among_replicas_that_have_read_nothing(cluster: Cluster) -> None:
+    """They took the places of those that had."""
+    cluster.load("poem", "code")
+    for name in ("r0", "r1"):
+        cluster.members.pop(name).world.close()
+        cluster.start(f"new {name}")
+    refused(cluster.load("poem", "law", "law-1"), Conflict, "there is code-1")
+    assert cluster.load("poem", "law", "code-1").error is None
+
+
 def test_replicas_that_read_unlike_things_are_no_generation(cluster: Cluster) -> None:
     cluster.members["r0"].says("law")
     cluster.write("law", "law-2")
@@ -230,7 +240,7 @@ def test_one_load_at_a_time(cluster: Cluster) -> None:
         cluster.reports = slow  # type: ignore[method-assign, assignment]
         first = asyncio.ensure_future(cluster.directory.load("poem", "code", None, False))
         await entered.wait()
-        second = await cluster.directory.load("poem", "law", None, False)
+        second = await asyncio.wait_for(cluster.directory.load("poem", "law", None, False), 10)
         third = asyncio.ensure_future(cluster.directory.unload("poem", None))
         go.set()
         return [second, await first, await third]

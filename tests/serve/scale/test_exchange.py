@@ -92,4 +92,4 @@ def test_who_hangs_up_is_told_and_waited_for(how: str) -> None:
         await work if how == "closed" else None
         assert heard == ["http.request", "disconnect", "end"]
 
-    asyncio.run(main())
+    asyncio.run(asyncio.wait_for(main(), 10))
