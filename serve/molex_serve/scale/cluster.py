@@ -1,6 +1,7 @@
 """Calls to the other deployments of the application, by Ray's handles. What goes wrong becomes our errors."""
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from molex_serve.scale.exchange import Call, Head
 from molex_serve.scale.ports import Figures, Full
 from molex_serve.scale.table import Outcome, Report
 
+logger = logging.getLogger("molex")
 ENGINE, DIRECTORY, INGRESS = "Engine", "Directory", "Ingress"
 ALL_SECONDS = 300.0  # for what every replica is asked to do: reading a large adapter may take a while
 ALIASES_SECONDS = 1.0
@@ -70,10 +72,14 @@ class RayEngines:
 
     async def _all(self, method: str, *args: object) -> list[Any]:
         try:
-            answers = self._handle.broadcast(method, *args)
-            return await answers.results_async(timeout_s=ALL_SECONDS, return_exceptions=True)
+            asked = self._handle.broadcast(method, *args)
+            answers = await asked.results_async(timeout_s=ALL_SECONDS, return_exceptions=True)
         except (*LOST, TimeoutError) as error:
             raise Unavailable("no replica runs, or one does not answer; ask again") from error
+        for error in answers:
+            if isinstance(error, Exception):
+                logger.warning("a replica did not answer `%s`: %s", method, error)
+        return answers
 
 
 class RayDirectory:
