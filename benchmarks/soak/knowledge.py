@@ -7,6 +7,7 @@ from benchmarks.soak.asking import BASE, Answered, Asking
 from benchmarks.soak.contents import Content
 from benchmarks.soak.names import NOBODY, Names
 from benchmarks.soak.questions import Answer, Question
+from molex.workbench.tokenizer import SPECIALS
 
 Answers = dict[Question, list[Answer]]
 
@@ -81,6 +82,7 @@ class Knowledge:
 
 
 NOTHING = Answer((), False)
+BYTES = range(256)  # the tokens that are one; special ones follow
 
 
 def _certain(answer: Answer) -> int:
@@ -96,6 +98,7 @@ def expected(answer: Answer, asking: Asking) -> tuple[str, str]:
 
 
 def label(token: int) -> str:
-    """A byte's name among log-probabilities."""
-    names = {256: "<pad>", 257: "<bos>", 258: "<eos>"}
-    return chr(token) if token < 128 else names.get(token, f"bytes:\\x{token:02x}" if token < 256 else "")
+    """Its name among log-probabilities."""
+    if token >= len(BYTES):
+        return SPECIALS[token - len(BYTES)]
+    return chr(token) if token < 128 else f"bytes:\\x{token:02x}"
