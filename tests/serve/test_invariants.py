@@ -40,6 +40,7 @@ from tests.esft.models import moe
 from tests.models import tiny, wake_experts
 from tests.serve.adapters_of import fill, own_model, save_lora
 from tests.serve.assembled import expected, expected_text, serving
+from tests.serve.engine.conftest import little_garbage  # noqa: F401 (a fixture)
 from tests.serve.engine.serving import (
     CHUNKED,
     CRAMPED,
