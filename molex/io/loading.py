@@ -116,7 +116,7 @@ def _convert_and_fill(
     _check_base(model, record)
     try:
         mixture = convert(model, record.config, ranks=_first_ranks(record), device=device)
-    except (TargetError, ConfigError, TypeError) as error:
+    except (TargetError, ConfigError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{folder} does not fit this model: {error}") from error
     try:
         for name in mixture.also_trained if device is not None else ():

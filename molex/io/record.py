@@ -72,6 +72,8 @@ class LayerRecord:
         for number in (self.in_features, self.out_features, self.num_experts, self.frozen, *(self.ranks or ())):
             if not isinstance(number, int) or number < 0:
                 raise TypeError(f"{number!r} in a layer's record is no count")
+        if not isinstance(self.names, tuple | None):
+            raise TypeError(f"{self.names!r} are no names of a layer's experts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,10 @@ class MixtureRecord:
     layers: dict[str, LayerRecord]
     origins: dict[str, dict[str, Any]] = field(default_factory=dict)
     molex_version: str = molex.__version__
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.experts, tuple) or not isinstance(self.origins, dict):
+            raise TypeError(f"{self.experts!r} and {self.origins!r} are no experts and where they come from")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` inverts it."""
@@ -104,7 +110,7 @@ class MixtureRecord:
             values["config"] = MixtureConfig.from_dict(values["config"])
             values["layers"] = {name: LayerRecord(**_tuples(layer)) for name, layer in values["layers"].items()}
             return cls(**_tuples(values))
-        except (KeyError, TypeError, AttributeError, MolexError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, MolexError) as error:
             raise CheckpointError(f"{CONFIG_FILE} is damaged, or not of this molex: {error}") from error
 
     def ranks(self, layer: LayerRecord) -> tuple[int, ...]:

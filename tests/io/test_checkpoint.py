@@ -119,6 +119,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace('"top_k": 2', '"top_k": 1')),
         "are not of one save",
     ),
+    "origins of a wrong kind": (lambda f: change_config(f, lambda d: d.update(origins="x")), "where they come from"),
+    "experts of a wrong kind": (lambda f: change_config(f, lambda d: d.update(experts=True)), "True and .* are no exp"),
+    "names of a wrong kind": (
+        lambda f: change_config(f, lambda d: d["layers"]["model.layers.0.mlp.up_proj"].update(names=5)),
+        "5 are no names of a layer's experts",
+    ),
+    "a setting without end": (
+        lambda f: change_config(f, lambda d: d["config"].update(num_experts=10**20)),
+        "damaged|does not fit this model",
+    ),
+    "settings in a text": (lambda f: change_config(f, lambda d: d.update(config="x")), "damaged, or not of this molex"),
     "a count of a wrong kind": (
         lambda f: change_config(f, lambda d: d["layers"]["model.layers.0.mlp.up_proj"].update(num_experts="4")),
         "'4' in a layer's record is no count",
