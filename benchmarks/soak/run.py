@@ -37,13 +37,14 @@ class SoakFailed(AssertionError):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """growth: of the resident memory, between the end of the first third and the end, as a share."""
+    """growth: of the resident memory from the end of the warm-up to the end; a share, as warm_up is of the time."""
 
     seconds: float
     seed: int
     clients: int = 12
     questions: int = 16
     contents: tuple[str, ...] = NAMES
+    warm_up: float = 1 / 3
     growth: float = 0.02
 
 
@@ -169,7 +170,7 @@ async def soak(prepared: Prepared, plan: Plan) -> dict[str, float]:
         raise_faults(known)
         async with client_of(url) as http:
             found = await figures(http)
-        before, after = watcher.size(1 / 3, 1 / 2), watcher.size(0.9, 1.0)
+        before, after = watcher.size(plan.warm_up, plan.warm_up + 1 / 6), watcher.size(5 / 6, 1.0)
         if after > (1 + plan.growth) * before:
             known.fault(f"the server grew from {before / 2**20:.1f} to {after / 2**20:.1f} MiB")
         await leftovers(url, known)
@@ -179,7 +180,7 @@ async def soak(prepared: Prepared, plan: Plan) -> dict[str, float]:
     raise_faults(known)
     counts = {name: float(number) for name, number in sorted(known.counts.items())}
     server_figures = {name: found[f"{name}_total"] for name in REPORTED}
-    sizes = {"MiB after a third": round(before / 2**20, 1), "MiB at the end": round(after / 2**20, 1)}
+    sizes = {"MiB after the warm-up": round(before / 2**20, 1), "MiB at the end": round(after / 2**20, 1)}
     return counts | server_figures | sizes | {"seconds to stop": round(seconds, 1)}
 
 

@@ -22,9 +22,8 @@ from molex_serve.engine.prefix import PrefixSalt
 from molex_serve.http.server import Server
 from tests.serve.http.conftest import wait_for
 
-# no mixture that chooses the largest gates: where two are nearly equal, the order of a sum decides whom it asks
-CONTENTS = ("law", "code", "poem", "blend", "hydralora", "mtlora")
-PLAN = Plan(seconds=20, seed=1, clients=8, questions=8, contents=CONTENTS)
+CONTENTS = ("law", "code", "poem", "blend", "mixlora", "mtlora")
+PLAN = Plan(seconds=60, seed=1, clients=8, questions=8, contents=CONTENTS, warm_up=1 / 2)
 
 
 @pytest.fixture(scope="module")
