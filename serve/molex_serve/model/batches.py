@@ -29,12 +29,12 @@ class Batch(NamedTuple):
     tokens: Tensor | None = None
 
     def add(self, A: Tensor, B: Tensor, x: Tensor, y: Tensor) -> None:
-        """A (N, R, D), B (N, R, O), x (T, D), y (T, O), in place."""
+        """A (N, D, R), B (N, R, O), x (T, D), y (T, O), in place."""
         num_slots = len(A)
         if num_slots == 1 and isinstance(self.take, slice):
-            y[self.take].addmm_(x[self.take] @ A[0].T, B[0])
+            y[self.take].addmm_(x[self.take] @ A[0], B[0])
             return
-        hidden = torch.bmm(x[self.take].view(num_slots, -1, x.shape[1]), A.transpose(1, 2))
+        hidden = torch.bmm(x[self.take].view(num_slots, -1, x.shape[1]), A)
         if isinstance(self.take, slice):
             y[self.take].view(num_slots, -1, y.shape[1]).baddbmm_(hidden, B)
             return
@@ -43,9 +43,7 @@ class Batch(NamedTuple):
         y.index_add_(0, self.tokens, added if self.place is None else added[self.place])
 
 
-class Batches(NamedTuple):
-    all: tuple[Batch, ...]
-    handles: frozenset[int]
+Batches = tuple[Batch, ...]
 
 
 def batches_of(step: Step, places: Mapping[int, tuple[int, int]]) -> Batches:
@@ -57,7 +55,7 @@ def batches_of(step: Step, places: Mapping[int, tuple[int, int]]) -> Batches:
     few = sorted((places[handle], handle) for handle in of_adapter.keys() - many)
     for run in _neighbours(few):
         found.append(_one_product(run, of_adapter, step.handles.device))
-    return Batches(tuple(found), frozenset(of_adapter))
+    return tuple(found)
 
 
 def _own_products(spans: list[Span], rank: int, slot: int) -> Iterator[Batch]:

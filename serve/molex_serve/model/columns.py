@@ -8,7 +8,7 @@ adapters. Memory is only reserved until a slot is written: a linear that an adap
 Scales and shares are folded into B.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from molex_serve.adapters.base import LowRank
 from molex_serve.errors import BadAdapter, LoadBusy
 from molex_serve.memory.arena import Arena, arena
 from molex_serve.memory.slots import Ranges
-from molex_serve.model.batches import Batches, batches_of
+from molex_serve.model.batches import Batch, Batches, batches_of
 from molex_serve.model.step import Step
 
 LEAST_RANK = 8
@@ -37,6 +37,18 @@ class Factors(NamedTuple):
 
     A: Arena  # (slots, R, D)
     B: Arena  # (slots, R, O), transposed
+
+
+class Part(NamedTuple):
+    """Of what a step adds at one linear."""
+
+    batch: Batch
+    A: Tensor  # (N, D, R)
+    B: Tensor  # (N, R, O)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """x (T, D), y (T, O), in place."""
+        self.batch.add(self.A, self.B, x, y)
 
 
 def factor_dtype(linear: nn.Module) -> torch.dtype:
@@ -80,14 +92,12 @@ class Site:
         for memory in self.factors(place.rank):
             memory.release(place.slot, place.slot + 1)
 
-    def add(self, batches: Batches, x: Tensor, y: Tensor) -> None:
-        """x (T, D), y (T, O), in place."""
-        if self.holders.isdisjoint(batches.handles):
-            return
-        for batch in batches.all:
+    def parts(self, batches: Batches) -> Iterator[Part]:
+        """The factors of those of a step's batches that change this linear."""
+        for batch in batches:
             if batch.rank in self.by_rank and not self.holders.isdisjoint(batch.handles):
                 A, B = self.by_rank[batch.rank]
-                batch.add(A.tensor[batch.slots], B.tensor[batch.slots], x, y)
+                yield Part(batch, A.tensor[batch.slots].transpose(1, 2), B.tensor[batch.slots])
 
     def arenas(self) -> list[Arena]:
         return [memory for factors in self.by_rank.values() for memory in factors]
@@ -148,7 +158,10 @@ class ColumnPool:
     def committed_bytes(self) -> int:
         return sum(memory.committed_bytes for site in self.sites.values() for memory in site.arenas())
 
-    def batches(self, step: Step) -> Batches | None:
-        """How the step's tokens go through the slots; None where none of them has one."""
-        placed = {handle: self.places[handle] for handle in step.present if handle in self.places}
-        return batches_of(step, placed) if placed else None
+    def batches(self, step: Step) -> Batches:
+        """How the step's tokens go through the slots; none where none of them has one."""
+        return batches_of(step, {handle: self.places[handle] for handle in step.present if handle in self.places})
+
+    def parts(self, name: str, batches: Batches) -> tuple[Part, ...]:
+        """What they add at one linear."""
+        return tuple(self.sites[name].parts(batches)) if name in self.sites else ()

@@ -1,4 +1,8 @@
-"""What one step adds to the base, at its linears and in its feed-forward blocks."""
+"""What one step adds to the base, at its linears and in its feed-forward blocks.
+
+While the same requests go on decoding, one step is as the last one was, and its plan is the same too: what is looked up
+for a linear is looked up once.
+"""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor
 
 from molex_serve.errors import BadAdapter
-from molex_serve.model.columns import ColumnPool
+from molex_serve.model.columns import ColumnPool, Part
 from molex_serve.model.linear import Adds, Block, Current
 from molex_serve.model.routed import RoutedAdapter
 from molex_serve.model.step import Step
@@ -28,11 +32,17 @@ class Plan(Adds):
         self.step, self.pool, self.routed = step, pool, routed
         self.batches = pool.batches(step)
         self.own = {handle: Own(routed[handle], step.rows_of(handle)) for handle in step.present if handle in routed}
+        self.num_tokens = len(step.handles)
+        self._parts: dict[str, tuple[Part, ...]] = {}  # by linear
         self._without: dict[frozenset[int], Plan] = {}
+
+    def suits(self, step: Step) -> bool:
+        """Whether this is that step's plan too, as long as the same adapters are attached."""
+        return self.step.spans == step.spans and self.num_tokens == len(step.handles)
 
     @cached_property
     def is_base(self) -> bool:
-        return self.batches is None and not self.own
+        return not self.batches and not self.own
 
     def begin(self, first_pass: Callable[[], Tensor] | None) -> None:
         """Before the model's forward. first_pass: gives the base's last hidden states (..., D), should a head ask."""
@@ -46,10 +56,12 @@ class Plan(Adds):
                 own.adapter.decide(hidden_TD[own.rows])
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        if len(x) != len(self.step.handles):
+        if len(x) != self.num_tokens:
             return self._over_cache(name, x, y)
-        if self.batches is not None and name in self.pool.sites:
-            self.pool.sites[name].add(self.batches, x, y)
+        if name not in self._parts:
+            self._parts[name] = self.pool.parts(name, self.batches)
+        for part in self._parts[name]:
+            part.add(x, y)
         for adapter, rows in self.own.values():
             if name in adapter.layers:
                 y[rows] = adapter.add(name, x[rows], y[rows])

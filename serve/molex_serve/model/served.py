@@ -39,6 +39,7 @@ class ServedModel:
         self.experts = self._expert_pool()
         self._linears: dict[str, nn.Module] = {}  # the base's own, where one stands in their place
         self._blocks: dict[str, nn.Module] = {}
+        self._plan: Plan | None = None  # of the last step; no adapter of it was detached since
 
     def read(self, path: str, two_passes: bool = False) -> HostAdapter:
         """An adapter from disk, checked against the base. two_passes: the engine can do a first pass. Raises
@@ -71,6 +72,7 @@ class ServedModel:
 
     def detach(self, handle: int) -> None:
         """Gives its place and its memory back; no request may use it any more."""
+        self._plan = None
         if handle in self.routed:
             del self.routed[handle]
         elif self.experts is not None and handle in self.experts:
@@ -88,7 +90,9 @@ class ServedModel:
         self._act(None, None)
         if step is None:
             return
-        plan = Plan(step, self.pool, self.routed)
+        if self._plan is None or not self._plan.suits(step):
+            self._plan = Plan(step, self.pool, self.routed)
+        plan = self._plan
         plan.begin(None if first_pass is None else partial(first_pass, self.stack))
         self._act(step, None if plan.is_base else plan)
 
@@ -103,7 +107,7 @@ class ServedModel:
 
     def close(self) -> None:
         """Gives the model back as it was."""
-        self.current.adds = None
+        self.current.adds = self._plan = None
         for name, linear in self._linears.items():
             self.model.set_submodule(name, linear)
         for block in self._blocks.values():

@@ -77,6 +77,35 @@ def test_a_wrong_handle_shows(folder: Path) -> None:
             check(served, swapped, ["base", name], folder)
 
 
+@pytest.mark.parametrize("first, then", [("law", "poem"), ("code", "blend"), ("mola", "mixlora"), ("law", "mola")])
+def test_a_step_like_the_last_one_after_adapters_changed(first: str, then: str, folder: Path) -> None:
+    served = ServedModel(tiny("llama"))
+    handles = attach(served, folder, (first,))
+    check(served, {"base": BASE, **handles}, ["base", first], folder)
+    check(served, {"base": BASE, **handles}, ["base", first], folder)
+    served.detach(handles[first])
+    again = attach(served, folder, (then,))
+    assert again[then] == handles[first], "the steps' spans are the same"
+    check(served, again, ["base", then], folder)
+
+
+def test_a_step_with_other_tokens_or_another_task_is_planned_anew(folder: Path) -> None:
+    served = ServedModel(tiny("llama"))
+    handles = attach(served, folder, ("law", "code", "mtlora"))
+    for rows in (["law", "code"], ["code", "law"], ["code", "law", "law"], ["mtlora"]):
+        check(served, handles, rows, folder)
+    (ids,) = texts(1)
+    given = [logits_of_task(served, handles["mtlora"], task, ids) for task in (1, 0, 1)]
+    assert torch.equal(given[0], given[2])
+    assert not torch.allclose(given[0], given[1], atol=1e-3)
+
+
+def logits_of_task(served: ServedModel, handle: int, task: int, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        served.begin_step(Step.of((Span(handle, 0, len(ids), task),), torch.device("cpu")))
+        return served.model(ids[None]).logits
+
+
 def test_tokens_of_the_base_are_the_bases_bit_for_bit(folder: Path) -> None:
     served, plain = ServedModel(tiny("llama")), tiny("llama")
     handles = attach(served, folder, ("base", "law", "mola"))
