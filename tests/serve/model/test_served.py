@@ -77,7 +77,7 @@ def test_a_wrong_handle_shows(folder: Path) -> None:
             check(served, swapped, ["base", name], folder)
 
 
-@pytest.mark.parametrize("first, then", [("law", "poem"), ("code", "blend"), ("mola", "mixlora"), ("law", "mola")])
+@pytest.mark.parametrize(("first", "then"), [("law", "poem"), ("code", "blend"), ("mola", "mixlora"), ("law", "mola")])
 def test_a_step_like_the_last_one_after_adapters_changed(first: str, then: str, folder: Path) -> None:
     served = ServedModel(tiny("llama"))
     handles = attach(served, folder, (first,))
