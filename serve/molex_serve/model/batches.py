@@ -1,7 +1,8 @@
 """How the tokens of a step go through the slots of low-rank adapters: in few products, each factor read once.
 
 An adapter with many tokens in the step has a product of its own over each of its texts. Of the others, those in
-neighbouring slots are one batched product: M rows for each slot, M the most tokens that one of them has.
+neighbouring slots with about as many tokens are one batched product: M rows for each slot, M the most tokens that one
+of them has.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from molex_serve.model.step import Span, Step
 
-MANY = 8  # tokens: from here a product of its own is as fast
+FEW, MANY = 4, 32  # tokens: up to FEW all are alike; beyond MANY a product of its own is as fast
 GAP = 1  # slots between neighbours that are read for nothing, rather than begin another product
 
 
@@ -50,12 +51,18 @@ def batches_of(step: Step, places: Mapping[int, tuple[int, int]]) -> Batches:
     """places: (rank, slot) of each adapter of the step that has one."""
     spans = sorted((span for span in step.spans if span.handle in places), key=lambda span: span.handle)
     of_adapter = {handle: [*own] for handle, own in groupby(spans, key=lambda span: span.handle)}
-    many = {h for h, own in of_adapter.items() if sum(span.stop - span.start for span in own) >= MANY}
+    sizes = {handle: _size(sum(span.stop - span.start for span in own)) for handle, own in of_adapter.items()}
+    many = [handle for handle, size in sizes.items() if size > MANY]
     found = [batch for handle in many for batch in _own_products(of_adapter[handle], *places[handle])]
-    few = sorted((places[handle], handle) for handle in of_adapter.keys() - many)
-    for run in _neighbours(few):
+    others = sorted(_Placed(sizes[handle], *places[handle], handle) for handle in sizes if sizes[handle] <= MANY)
+    for run in _neighbours(others):
         found.append(_one_product(run, of_adapter, step.handles.device))
     return tuple(found)
+
+
+def _size(num_tokens: int) -> int:
+    """The next power of two, so that less than half of what is computed together is padding."""
+    return max(FEW, 1 << (num_tokens - 1).bit_length())
 
 
 def _own_products(spans: list[Span], rank: int, slot: int) -> Iterator[Batch]:
@@ -74,15 +81,20 @@ def _joined(spans: list[Span]) -> list[Span]:
     return joined
 
 
-Placed = tuple[tuple[int, int], int]  # (rank, slot), handle
+class _Placed(NamedTuple):
+    """An adapter that shares a product with its neighbours."""
+
+    size: int
+    rank: int
+    slot: int
+    handle: int
 
 
-def _neighbours(placed: list[Placed]) -> Iterator[list[Placed]]:
-    """Runs of one rank without larger gaps."""
+def _neighbours(placed: list[_Placed]) -> Iterator[list[_Placed]]:
+    """Runs of one size and rank without larger gaps."""
     run = placed[:1]
-    for ((rank, slot), _), following in pairwise(placed):
-        (next_rank, next_slot), _ = following
-        if next_rank != rank or next_slot - slot > 1 + GAP:
+    for one, following in pairwise(placed):
+        if following[:2] != one[:2] or following.slot - one.slot > 1 + GAP:
             yield run
             run = []
         run.append(following)
@@ -90,21 +102,20 @@ def _neighbours(placed: list[Placed]) -> Iterator[list[Placed]]:
         yield run
 
 
-def _one_product(run: list[Placed], spans: Mapping[int, list[Span]], device: torch.device) -> Batch:
-    (rank, first), (_, last) = run[0][0], run[-1][0]
-    rows = {slot: [t for span in spans[h] for t in range(span.start, span.stop)] for (_, slot), h in run}
+def _one_product(run: list[_Placed], spans: Mapping[int, list[Span]], device: torch.device) -> Batch:
+    rows = {p.slot: [t for span in spans[p.handle] for t in range(span.start, span.stop)] for p in run}
     most = max(map(len, rows.values()))
     take, place = [], []
-    for slot in range(first, last + 1):
+    for slot in range(run[0].slot, run[-1].slot + 1):
         own = rows.get(slot, [])
         place += range(len(take), len(take) + len(own))
         take += own + [0] * (most - len(own))
-    slots, handles = slice(first, last + 1), frozenset(handle for _, handle in run)
+    slots, handles = slice(run[0].slot, run[-1].slot + 1), frozenset(one.handle for one in run)
     full = len(place) == len(take)
     if full and take == list(range(take[0], take[0] + len(take))):
-        return Batch(rank, slots, handles, slice(take[0], take[0] + len(take)))
+        return Batch(run[0].rank, slots, handles, slice(take[0], take[0] + len(take)))
     indices = torch.tensor(take, device=device)
     if full:
-        return Batch(rank, slots, handles, indices, None, indices)
+        return Batch(run[0].rank, slots, handles, indices, None, indices)
     places = torch.tensor(place, device=device)
-    return Batch(rank, slots, handles, indices, places, indices[places])
+    return Batch(run[0].rank, slots, handles, indices, places, indices[places])

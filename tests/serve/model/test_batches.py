@@ -35,7 +35,9 @@ def test_random_steps(seed: int) -> None:
     handles = range(1, draw.choice([2, 5, 12]))
     slots = {rank: draw.sample(range(16), len(handles)) for rank in ranks}
     places = {h: (rank := draw.choice(ranks), slots[rank].pop()) for h in handles}
-    lengths = [(draw.choice([0, *handles]), draw.choice([1, 1, 1, 2, 3, 9])) for _ in range(draw.randint(1, 14))]
+    lengths = [
+        (draw.choice([0, *handles]), draw.choice([1, 1, 1, 2, 3, 9, 12, 40])) for _ in range(draw.randint(1, 14))
+    ]
     step = step_of(lengths, draw.choice([0, 3]))
     A = {rank: torch.randn(16, rank, 6, generator=generator) for rank in ranks}
     B = {rank: torch.randn(16, rank, 5, generator=generator) for rank in ranks}
@@ -55,12 +57,21 @@ def test_random_steps(seed: int) -> None:
 
 def test_neighbours_share_a_product_and_many_tokens_have_their_own() -> None:
     places = {h: (8, slot) for h, slot in zip(range(1, 6), (0, 1, 2 + GAP, 9, 10), strict=True)}
-    step = step_of([(1, 1), (2, 1), (3, 1), (5, 1), (4, MANY), (1, 1)])
+    step = step_of([(1, 1), (2, 1), (3, 1), (5, 1), (4, MANY + 1), (1, 1)])
     found = {(batch.slots.start, batch.slots.stop): batch for batch in batches_of(step, places)}
     assert found.keys() == {(0, 3 + GAP), (9, 10), (10, 11)}
-    assert found[9, 10].take == slice(4, 4 + MANY)
+    assert found[9, 10].take == slice(4, 4 + MANY + 1)
     in_order = batches_of(step_of([(1, 1), (2, 1)]), places)
     assert [batch.take for batch in in_order] == [slice(0, 2)], "nothing is moved that lies in order"
+
+
+def test_neighbours_with_few_tokens_do_not_wait_for_one_with_more() -> None:
+    places = {h: (8, h) for h in range(1, 7)}
+    step = step_of([(1, 1), (2, 4), (3, 9), (4, 16), (5, 30), (6, 2)])
+    found = {(batch.slots.start, batch.slots.stop): batch for batch in batches_of(step, places)}
+    rows = {slots: len(batch.take) for slots, batch in found.items() if isinstance(batch.take, torch.Tensor)}
+    assert rows == {(1, 3): 2 * 4, (3, 5): 2 * 16}
+    assert found.keys() - rows.keys() == {(5, 6), (6, 7)}
 
 
 def test_a_slot_is_erased_and_given_again() -> None:
