@@ -66,7 +66,7 @@ def test_eager_attention_is_given_back() -> None:
 
 
 def test_steps_name_every_token() -> None:
-    adapted, requests = Adapted(), mixed(6)
+    adapted, requests = Adapted(), mixed(6)[::-1]
     with running(adapted.engine(replace(CHUNKED, prefix_cache=False))) as engine:
         serve(engine, requests)
         assert engine.stats().steps == len(adapted.steps)
@@ -76,6 +76,7 @@ def test_steps_name_every_token() -> None:
         assert [span.start for span in step.spans] == [0, *ends[:-1]]
         assert step.handles.tolist() == [span.handle for span in step.spans for _ in range(span.start, span.stop)]
         assert len(step.handles) <= 8
+        assert step.handles.tolist() == sorted(step.handles.tolist()), "neighbours are of one adapter"
         for span in step.spans:
             fed[span.handle] += span.stop - span.start
     assert fed == {r.handle: len(r.prompt_ids) + r.sampling.max_tokens - 1 for r in requests}

@@ -35,7 +35,9 @@ class FairScheduler(FIFOScheduler):
     ) -> tuple[list[FutureRequestState] | None, bool, int, int]:
         self.places.begin_step()
         batch = super().schedule_batch(token_budget, cache_budget)
-        for future in batch[0] or ():
+        scheduled = batch[0] or []
+        scheduled.sort(key=_handle)  # in the order of their slots, tokens of different adapters need not be moved
+        for future in scheduled:
             self.begin(live_of(future.state))
         return batch
 
@@ -44,6 +46,10 @@ class FairScheduler(FIFOScheduler):
         running = [live_of(state).request.handle for state in self.active_requests.values()]
         may_start = self.places.may_start(running, [live_of(state).request.handle for state in waiting])
         return [state for state, may in zip(waiting, may_start, strict=True) if may]
+
+
+def _handle(future: FutureRequestState) -> int:
+    return live_of(future.state).request.handle
 
 
 SCHEDULER_MAPPING[NAME] = FairScheduler
