@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 import molex
 from molex.io.files import write_json
+from molex.workbench import load_base, load_tokenizer
 from tests.cases import PRESETS
 from tests.models import tiny, wake_experts
 
@@ -31,6 +32,16 @@ def save_lora(name: str, base: PreTrainedModel, folder: Path) -> Path:
     fill(model, "lora_B", name)
     model.save_pretrained(str(folder / name))
     return folder / name
+
+
+def save_workbench(folder: Path) -> None:
+    """As `molex serve --model base` finds it: the workbench's base, and the LoRAs adapters/law and adapters/code."""
+    load_base().save_pretrained(folder / "base")
+    load_tokenizer().save_pretrained(folder / "base")
+    for name in ("law", "code"):
+        model = peft.get_peft_model(load_base(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+        fill(model, "lora_B", name)
+        model.save_pretrained(str(folder / "adapters" / name))
 
 
 def save_blend(folder: Path) -> Path:

@@ -12,11 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import peft
 import pytest
 
-from molex.workbench import load_base, load_tokenizer
-from tests.serve.adapters_of import fill
+from tests.serve.adapters_of import save_workbench
 
 PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 DEMO, MODEL = re.findall(r"^molex (serve .*)$", PAGE, re.M)
@@ -75,12 +73,7 @@ def test_the_demo_answers_curl(tmp_path: Path) -> None:
 
 
 def test_a_model_and_its_adapters(tmp_path: Path) -> None:
-    load_base().save_pretrained(tmp_path / "base")
-    load_tokenizer().save_pretrained(tmp_path / "base")
-    for name in ("law", "code"):
-        model = peft.get_peft_model(load_base(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
-        fill(model, "lora_B", name)
-        model.save_pretrained(str(tmp_path / "adapters" / name))
+    save_workbench(tmp_path)
     with running(MODEL, tmp_path) as address:
         for name in ("base", "law", "code", "both"):
             asked = {"model": name, "prompt": "hello", "max_tokens": 4}

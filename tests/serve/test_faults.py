@@ -19,16 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from molex.workbench import load_base, load_tokenizer
 from molex_serve.settings import AdapterLimits
 from tests.esft.models import moe
 from tests.models import tiny
-from tests.serve.adapters_of import fill, own_model, save_lora, save_mixture
+from tests.serve.adapters_of import own_model, save_lora, save_mixture, save_workbench
 from tests.serve.assembled import Whole, expected_text, serving
 from tests.serve.engine.conftest import little_garbage  # noqa: F401 (a fixture)
 from tests.serve.engine.serving import prompt
@@ -355,14 +353,9 @@ def test_bodies_that_are_made_up(server: Whole, truth: dict[str, str]) -> None:
 
 def test_sigterm_under_load(tmp_path: Path) -> None:
     """Answers that have begun come to their ends, new requests are refused, and the process is gone."""
-    load_base().save_pretrained(tmp_path / "base")
-    load_tokenizer().save_pretrained(tmp_path / "base")
-    for name in ("law", "code"):
-        model = peft.get_peft_model(load_base(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
-        fill(model, "lora_B", name)
-        model.save_pretrained(str(tmp_path / name))
+    save_workbench(tmp_path)
     command = [sys.executable, "-m", "molex", "serve", "--model", "base", "--port", "0", "--resident", "1"]
-    command += ["--adapter", "law=law", "--adapter", "code=code"]
+    command += ["--adapter", "law=adapters/law", "--adapter", "code=adapters/code"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert process.stdout is not None

@@ -122,13 +122,14 @@ def test_a_mixed_batch_over_experts_is_each_merged_model(architecture: str, tmp_
     ]
     truth = [expected(models[request.id.partition(",")[0]], request.prompt_ids) for request in asked]
     assert len({tuple(tokens) for tokens in truth}) > len(EVERYONE), "the adapters do nothing"
-    for settings in (CHUNKED, CROWDED):
+    for settings in (ROOMY, CHUNKED, CRAMPED, CROWDED):
         served.num_fed = 0
         with running(ContinuousEngine(served, tokenizer(), settings)) as engine:
             assert serve(engine, asked) == truth
             fed = served.num_fed
             assert serve(engine, asked) == truth, "again"
-            assert (engine.stats().prefix_hits > 0) == (settings is CHUNKED)
+            if settings is not CRAMPED:  # where a prefix may have lost its pages
+                assert (engine.stats().prefix_hits > 0) == settings.prefix_cache
     assert fed > sum(len(request.prompt_ids) + NEW - 1 for request in asked), "nothing started anew"
 
 

@@ -103,19 +103,20 @@ def _neighbours(placed: list[_Placed]) -> Iterator[list[_Placed]]:
 
 
 def _one_product(run: list[_Placed], spans: Mapping[int, list[Span]], device: torch.device) -> Batch:
+    first, last = run[0], run[-1]
     rows = {p.slot: [t for span in spans[p.handle] for t in range(span.start, span.stop)] for p in run}
     most = max(map(len, rows.values()))
     take, place = [], []
-    for slot in range(run[0].slot, run[-1].slot + 1):
+    for slot in range(first.slot, last.slot + 1):
         own = rows.get(slot, [])
         place += range(len(take), len(take) + len(own))
         take += own + [0] * (most - len(own))
-    slots, handles = slice(run[0].slot, run[-1].slot + 1), frozenset(one.handle for one in run)
+    slots, handles = slice(first.slot, last.slot + 1), frozenset(one.handle for one in run)
     full = len(place) == len(take)
     if full and take == list(range(take[0], take[0] + len(take))):
-        return Batch(run[0].rank, slots, handles, slice(take[0], take[0] + len(take)))
+        return Batch(first.rank, slots, handles, slice(take[0], take[0] + len(take)))
     indices = torch.tensor(take, device=device)
     if full:
-        return Batch(run[0].rank, slots, handles, indices, None, indices)
+        return Batch(first.rank, slots, handles, indices, None, indices)
     places = torch.tensor(place, device=device)
-    return Batch(run[0].rank, slots, handles, indices, places, indices[places])
+    return Batch(first.rank, slots, handles, indices, places, indices[places])

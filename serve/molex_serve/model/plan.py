@@ -32,13 +32,12 @@ class Plan(Adds):
         self.step, self.pool, self.routed = step, pool, routed
         self.batches = pool.batches(step)
         self.own = {handle: Own(routed[handle], step.rows_of(handle)) for handle in step.present if handle in routed}
-        self.num_tokens = len(step.handles)
         self._parts: dict[str, tuple[Part, ...]] = {}  # by linear
         self._without: dict[frozenset[int], Plan] = {}
 
     def suits(self, step: Step) -> bool:
         """Whether this is that step's plan too, as long as the same adapters are attached."""
-        return self.step.spans == step.spans and self.num_tokens == len(step.handles)
+        return self.step.spans == step.spans and len(self.step.handles) == len(step.handles)
 
     @cached_property
     def is_base(self) -> bool:
@@ -56,7 +55,7 @@ class Plan(Adds):
                 own.adapter.decide(hidden_TD[own.rows])
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        if len(x) != self.num_tokens:
+        if len(x) != len(self.step.handles):
             return self._over_cache(name, x, y)
         if name not in self._parts:
             self._parts[name] = self.pool.parts(name, self.batches)
