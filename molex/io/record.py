@@ -110,7 +110,7 @@ class MixtureRecord:
             values["config"] = MixtureConfig.from_dict(values["config"])
             values["layers"] = {name: LayerRecord(**_tuples(layer)) for name, layer in values["layers"].items()}
             return cls(**_tuples(values))
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, MolexError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, MolexError) as error:
             raise CheckpointError(f"{CONFIG_FILE} is damaged, or not of this molex: {error}") from error
 
     def ranks(self, layer: LayerRecord) -> tuple[int, ...]:
